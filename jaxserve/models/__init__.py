@@ -1,0 +1,1 @@
+"""One config-driven decoder and the families that configure it."""

@@ -1,0 +1,244 @@
+"""The decoder: embed, layers, final norm, unembed.
+
+Axis letters: R replicas (rows), T tokens, D model, K kv heads, G query heads per kv head, H head dim, F
+feed-forward, V vocabulary. Every parameter carries its logical axes (``axes=``), from which its sharding follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxserve.layers.attention import Attend
+from jaxserve.layers.norm import Norm
+from jaxserve.layers.rope import apply_rope, rope_tables
+from jaxserve.models.config import DecoderConfig
+
+Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+"""Pins an activation to the devices that its logical axes name."""
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def keep(x: Array, axes: tuple[str | None, ...]) -> Array:
+    """The Constrain of a program without a mesh."""
+    return x
+
+
+class _Init:
+    """Parameters in one dtype: normal weights of 1/sqrt(fan-in), zero biases."""
+
+    def __init__(self, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.dtype = dtype
+        self.rngs = rngs
+
+    def weight(self, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int) -> nnx.Param:
+        values = jax.random.normal(self.rngs.params(), shape, jnp.float32) * fan_in**-0.5
+        return nnx.Param(values.astype(self.dtype), axes=axes)
+
+    def bias(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+        return nnx.Param(jnp.zeros(shape, self.dtype), axes=axes)
+
+
+class Attention(nnx.Module):
+    """Projections around ``attend``: fused QKV [D, K, G+2, H] (G query heads, then K, then V), output [K, G, H, D]."""
+
+    def __init__(self, config: DecoderConfig, init: _Init) -> None:
+        d, k, g, h = config.hidden_size, config.num_kv_heads, config.group_size, config.head_dim
+        self.config = config
+        self.qkv = init.weight((d, k, g + 2, h), ("embed", "kv_heads", None, None), d)
+        self.o = init.weight((k, g, h, d), ("kv_heads", None, None, "embed"), k * g * h)
+        if config.qkv_bias:
+            self.qkv_bias = init.bias((k, g + 2, h), ("kv_heads", None, None))
+        if config.out_bias:
+            self.o_bias = init.bias((d,), ("embed",))
+        if config.qk_norm == "head":
+            self.q_norm = Norm((h,), config.norm, init.dtype)
+            self.k_norm = Norm((h,), config.norm, init.dtype)
+        elif config.qk_norm == "full":
+            self.q_norm = Norm((k, g, h), config.norm, init.dtype, ("kv_heads", None, None))
+            self.k_norm = Norm((k, h), config.norm, init.dtype, ("kv_heads", None))
+
+    def __call__(self, x: Array, layer: int, rope: tuple[Array, Array] | None, attend: Attend) -> Array:
+        """x [R, T, D] -> [R, T, D], before the residual is added."""
+        g = self.config.group_size
+        qkv = jnp.einsum("rtd,dkgh->rtkgh", x, self.qkv[...])
+        if self.config.qkv_bias:
+            qkv = qkv + self.qkv_bias[...][None, None]
+        q, k, v = qkv[:, :, :, :g], qkv[:, :, :, g], qkv[:, :, :, g + 1]
+        if self.config.qk_norm != "none":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            cos, sin = rope
+            q, k = apply_rope(q, cos[:, :, None], sin[:, :, None]), apply_rope(k, cos, sin)
+        out = jnp.einsum("rtkgh,kghd->rtd", attend(layer, q, k, v), self.o[...])
+        return out + self.o_bias[...][None, None] if self.config.out_bias else out
+
+
+class Mlp(nnx.Module):
+    """Feed-forward: gated (fused gate and up, [D, 2, F]) or plain ([D, F])."""
+
+    def __init__(self, config: DecoderConfig, init: _Init) -> None:
+        d, f = config.hidden_size, config.intermediate_size
+        self.config = config
+        if config.gated_mlp:
+            self.gate_up = init.weight((d, 2, f), ("embed", None, "mlp"), d)
+            if config.mlp_bias:
+                self.gate_up_bias = init.bias((2, f), (None, "mlp"))
+        else:
+            self.up = init.weight((d, f), ("embed", "mlp"), d)
+            if config.mlp_bias:
+                self.up_bias = init.bias((f,), ("mlp",))
+        self.down = init.weight((f, d), ("mlp", "embed"), f)
+        if config.mlp_bias:
+            self.down_bias = init.bias((d,), ("embed",))
+
+    def __call__(self, x: Array) -> Array:
+        """x [R, T, D] -> [R, T, D]."""
+        activation = ACTIVATIONS[self.config.activation]
+        if self.config.gated_mlp:
+            y = jnp.einsum("rtd,dzf->rtzf", x, self.gate_up[...])
+            if self.config.mlp_bias:
+                y = y + self.gate_up_bias[...][None, None]
+            y = activation(y[:, :, 0]) * y[:, :, 1]
+        else:
+            y = jnp.einsum("rtd,df->rtf", x, self.up[...])
+            y = activation(y + self.up_bias[...][None, None] if self.config.mlp_bias else y)
+        y = jnp.einsum("rtf,fd->rtd", y, self.down[...])
+        return y + self.down_bias[...][None, None] if self.config.mlp_bias else y
+
+
+class Layer(nnx.Module):
+    """Attention and feed-forward with the norms where ``norm_placement`` puts them."""
+
+    def __init__(self, config: DecoderConfig, init: _Init) -> None:
+        self.config = config
+        self.attn = Attention(config, init)
+        self.mlp = Mlp(config, init)
+        shape = (config.hidden_size,)
+        if config.norm_placement in ("pre", "both"):
+            self.attn_norm = Norm(shape, config.norm, init.dtype)
+            self.mlp_norm = Norm(shape, config.norm, init.dtype)
+        if config.norm_placement in ("post", "both"):
+            self.post_attn_norm = Norm(shape, config.norm, init.dtype)
+            self.post_mlp_norm = Norm(shape, config.norm, init.dtype)
+
+    def __call__(
+        self, x: Array, layer: int, rope: tuple[Array, Array] | None, attend: Attend, constrain: Constrain
+    ) -> Array:
+        """x [R, T, D] -> [R, T, D]."""
+        if self.config.residual_norm:
+            x = self.attn_norm(x + self._attention(x, layer, rope, attend, constrain))
+            return self.mlp_norm(x + self._feed_forward(x, constrain))
+        if self.config.parallel_residual:
+            y = self._attention(self.attn_norm(x), layer, rope, attend, constrain)
+            return x + y + self._feed_forward(self.mlp_norm(x), constrain)
+        placement = self.config.norm_placement
+        y = self._attention(x if placement == "post" else self.attn_norm(x), layer, rope, attend, constrain)
+        x = x + (y if placement == "pre" else self.post_attn_norm(y))
+        y = self._feed_forward(x if placement == "post" else self.mlp_norm(x), constrain)
+        return x + (y if placement == "pre" else self.post_mlp_norm(y))
+
+    def _attention(
+        self, x: Array, layer: int, rope: tuple[Array, Array] | None, attend: Attend, constrain: Constrain
+    ) -> Array:
+        with jax.named_scope("attention"):
+            return constrain(self.attn(x, layer, rope, attend), ("replica", None, "embed"))
+
+    def _feed_forward(self, x: Array, constrain: Constrain) -> Array:
+        with jax.named_scope("mlp"):
+            return constrain(self.mlp(x), ("replica", None, "embed"))
+
+
+class Table(nnx.Module):
+    """One weight and perhaps a bias under a name: embeddings and projections outside the layers."""
+
+    def __init__(self, weight: nnx.Param, bias: nnx.Param | None = None) -> None:
+        self.weight = weight
+        if bias is not None:
+            self.bias = bias
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model.
+
+    With tied embeddings there is one array, ``unembedding.weight`` [D, V]: tokens read its columns, so that the
+    large product at the end of every step reads it in the layout that XLA multiplies fastest.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+        init = _Init(jnp.dtype(dtype), rngs)
+        d, v = config.hidden_size, config.vocab_size
+        e = config.embed_dim or d
+        self.config = config
+        bias = init.bias((v,), ("vocab",)) if config.unembed_bias else None
+        self.unembedding = Table(init.weight((e, v), ("embed", "vocab"), e), bias)
+        if not config.tied_embeddings:
+            self.embedding = Table(init.weight((v, e), ("vocab", "embed"), e))
+        if config.learned_positions:
+            self.position_embedding = Table(init.weight((config.learned_positions, d), (None, "embed"), d))
+        if e != d:
+            self.project_in = Table(init.weight((e, d), (None, "embed"), e))
+            self.project_out = Table(init.weight((d, e), ("embed", None), d))
+        self.layers = nnx.List([Layer(config, init) for _ in config.layers])
+        if config.final_norm:
+            self.final_norm = Norm((d,), config.norm, init.dtype)
+
+    def __call__(
+        self,
+        token_ids: Array,
+        positions: Array,
+        attend: Attend,
+        *,
+        rope_lens: Array | None = None,
+        constrain: Constrain = keep,
+    ) -> Array:
+        """Hidden states after the final norm.
+
+        token_ids, positions: int32 [R, T]; rope_lens: int32 [R, T], see ``layers.rope.frequencies`` (default:
+        position + 1). Returns [R, T, D] in the parameters' dtype.
+        """
+        lengths = positions + 1 if rope_lens is None else rope_lens
+        ropes = [rope_tables(rope, positions, lengths) for rope in self.config.ropes]
+        x = constrain(self.embed(token_ids, positions), ("replica", None, "embed"))
+        for i, (layer, options) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+            with jax.named_scope(f"layer_{i}"):
+                x = layer(x, i, None if options.rope is None else ropes[options.rope], attend, constrain)
+        return self.final_norm(x) if self.config.final_norm else x
+
+    def embed(self, token_ids: Array, positions: Array) -> Array:
+        """Token (and learned position) embeddings, [R, T, D]."""
+        with jax.named_scope("embed"):
+            if self.config.tied_embeddings:
+                x = jnp.moveaxis(jnp.take(self.unembedding.weight[...], token_ids, axis=1), 0, -1)
+            else:
+                x = jnp.take(self.embedding.weight[...], token_ids, axis=0)
+            if self.config.embed_scale is not None:
+                x = x * jnp.asarray(self.config.embed_scale, x.dtype)
+            if self.config.embed_dim not in (None, self.config.hidden_size):
+                x = jnp.einsum("rte,ed->rtd", x, self.project_in.weight[...])
+            if self.config.learned_positions:
+                x = x + jnp.take(self.position_embedding.weight[...], positions + self.config.position_offset, axis=0)
+            return x
+
+    def unembed(self, hidden: Array) -> Array:
+        """Logits of every token id, float32 [..., V], from hidden states [..., D]."""
+        with jax.named_scope("unembed"):
+            if self.config.embed_dim not in (None, self.config.hidden_size):
+                hidden = jnp.einsum("...d,de->...e", hidden, self.project_out.weight[...])
+            logits = jnp.einsum("...d,dv->...v", hidden, self.unembedding.weight[...]).astype(jnp.float32)
+            if self.config.unembed_bias:
+                bias = self.unembedding.bias[...].astype(jnp.float32)
+                logits = logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
+            if self.config.logit_softcap is not None:
+                logits = jnp.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
+            return logits
