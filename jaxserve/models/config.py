@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
@@ -95,11 +95,31 @@ class DecoderConfig:
     """Width of the token embedding where it differs from D (projected in and out)."""
     tied_embeddings: bool = False
     unembed_bias: bool = False
+    vocab_padding: int = 0
+    """Rows behind the vocabulary that make it divide over a mesh; their logits are -inf."""
     eos_token_ids: tuple[int, ...] = field(default=())
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} KV heads")
+
+    def fit_to(self, tp: int) -> DecoderConfig:
+        """The same model for ``tp`` ranks: fewer KV heads than ranks are repeated, the vocabulary is padded.
+
+        Raises ValueError with the numbers when heads or feed-forward columns do not divide.
+        """
+        if not self._fits(tp):
+            sizes = (n for n in range(1, self.num_heads + 1) if self._fits(n))
+            raise ValueError(
+                f"tensor_parallel_size={tp} does not fit this model: {self.num_heads} query heads, "
+                f"{self.num_kv_heads} KV heads, feed-forward size {self.intermediate_size}; "
+                f"sizes that fit: {', '.join(map(str, sizes))}"
+            )
+        return replace(self, num_kv_heads=max(self.num_kv_heads, tp), vocab_padding=-self.vocab_size % tp)
+
+    def _fits(self, tp: int) -> bool:
+        kv_divides = self.num_kv_heads % tp == 0 or tp % self.num_kv_heads == 0
+        return self.num_heads % tp == 0 and kv_divides and self.intermediate_size % tp == 0
 
     @property
     def num_layers(self) -> int:

@@ -177,7 +177,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         init = _Init(jnp.dtype(dtype), rngs)
-        d, v = config.hidden_size, config.vocab_size
+        d, v = config.hidden_size, config.vocab_size + config.vocab_padding
         e = config.embed_dim or d
         self.config = config
         bias = init.bias((v,), ("vocab",)) if config.unembed_bias else None
@@ -241,4 +241,7 @@ class Decoder(nnx.Module):
                 logits = logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
             if self.config.logit_softcap is not None:
                 logits = jnp.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
+            if self.config.vocab_padding:
+                real = jnp.arange(logits.shape[-1]) < self.config.vocab_size
+                logits = jnp.where(real.reshape((1,) * (logits.ndim - 1) + real.shape), logits, -jnp.inf)
             return logits

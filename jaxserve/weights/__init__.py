@@ -1,0 +1,1 @@
+"""Checkpoints: read slice by slice, shard by shard, and written back."""

@@ -1,0 +1,198 @@
+"""Tensors of a checkpoint that are read only where, and when, a device needs them.
+
+A ``Source`` has a shape and can read any box of itself. Families rearrange sources (transpose, split, concatenate)
+into the decoder's layouts; nothing is read until a device's shard asks for its box, and then only that box is.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+Box = tuple[slice, ...]
+"""One slice per axis, with explicit start and stop, step 1."""
+
+
+class Source(ABC):
+    """A read-only tensor that is not in memory."""
+
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def read(self, box: Box) -> np.ndarray:
+        """The values in ``box``; a copy or a view, in the stored dtype."""
+
+    def read_all(self) -> np.ndarray:
+        return self.read(tuple(slice(0, n) for n in self.shape))
+
+    def transpose(self, *order: int) -> Source:
+        return Transposed(self, order)
+
+    def split(self, axis: int, sizes: Sequence[int]) -> Source:
+        """Replace ``axis`` by axes of ``sizes`` (row-major)."""
+        return Split(self, axis, tuple(sizes))
+
+    def merge(self, axis: int, count: int) -> Source:
+        """Flatten ``count`` axes from ``axis`` on into one (row-major)."""
+        return Merged(self, axis, count)
+
+    def narrow(self, axis: int, start: int, size: int) -> Source:
+        return Narrowed(self, axis, start, size)
+
+    def repeat(self, axis: int, times: int) -> Source:
+        """Every entry of ``axis`` ``times`` times in a row."""
+        return self if times == 1 else Repeated(self, axis, times)
+
+    def pad(self, axis: int, size: int) -> Source:
+        """Zeros behind ``axis`` up to ``size``."""
+        return self if self.shape[axis] == size else Padded(self, axis, size)
+
+
+def concat(sources: Sequence[Source], axis: int) -> Source:
+    return Concatenated(tuple(sources), axis)
+
+
+def stack(sources: Sequence[Source], axis: int) -> Source:
+    return concat([s.split(axis, (1, s.shape[axis])) for s in sources], axis)
+
+
+def _replace(box: Box, axis: int, new: slice) -> Box:
+    return (*box[:axis], new, *box[axis + 1 :])
+
+
+@dataclass(frozen=True)
+class Stored(Source):
+    """A tensor at a byte offset of a file. Mapped only while it is read, so that no page of it stays counted."""
+
+    path: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def read(self, box: Box) -> np.ndarray:
+        if 0 in self.shape:
+            return np.zeros([s.stop - s.start for s in box], self.dtype)
+        mapped = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+        return np.array(mapped[box])
+
+
+@dataclass(frozen=True)
+class InMemory(Source):
+    """An array as a source: for weights that are made instead of read."""
+
+    array: np.ndarray
+    shape: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", self.array.shape)
+
+    def read(self, box: Box) -> np.ndarray:
+        return self.array[box]
+
+
+class Transposed(Source):
+    def __init__(self, base: Source, order: tuple[int, ...]) -> None:
+        if sorted(order) != list(range(len(base.shape))):
+            raise ValueError(f"order {order} does not name every axis of shape {base.shape} once")
+        self.base, self.order = base, order
+        self.shape = tuple(base.shape[i] for i in order)
+
+    def read(self, box: Box) -> np.ndarray:
+        of_base = [box[self.order.index(i)] for i in range(len(box))]
+        return self.base.read(tuple(of_base)).transpose(self.order)
+
+
+class Split(Source):
+    def __init__(self, base: Source, axis: int, sizes: tuple[int, ...]) -> None:
+        if math.prod(sizes) != base.shape[axis]:
+            raise ValueError(f"axis {axis} of shape {base.shape} cannot be split into {sizes}")
+        self.base, self.axis, self.sizes = base, axis, sizes
+        self.shape = (*base.shape[:axis], *sizes, *base.shape[axis + 1 :])
+
+    def read(self, box: Box) -> np.ndarray:
+        a, n = self.axis, len(self.sizes)
+        outer, inner = box[a], box[a + 1 : a + n]
+        stride = math.prod(self.sizes[1:])
+        flat = self.base.read((*box[:a], slice(outer.start * stride, outer.stop * stride), *box[a + n :]))
+        values = flat.reshape(*flat.shape[:a], outer.stop - outer.start, *self.sizes[1:], *flat.shape[a + 1 :])
+        return values[(slice(None),) * (a + 1) + inner]
+
+
+class Merged(Source):
+    def __init__(self, base: Source, axis: int, count: int) -> None:
+        self.base, self.axis, self.count = base, axis, count
+        merged = math.prod(base.shape[axis : axis + count])
+        self.shape = (*base.shape[:axis], merged, *base.shape[axis + count :])
+
+    def read(self, box: Box) -> np.ndarray:
+        a, wanted = self.axis, box[self.axis]
+        inner = self.base.shape[a + 1 : a + self.count]
+        stride = math.prod(inner)
+        first, last = wanted.start // stride, -(-wanted.stop // stride)
+        rows = (slice(first, last), *(slice(0, n) for n in inner))
+        values = self.base.read((*box[:a], *rows, *box[a + 1 :]))
+        flat = values.reshape(*values.shape[:a], -1, *values.shape[a + self.count :])
+        keep = slice(wanted.start - first * stride, wanted.stop - first * stride)
+        return flat[(slice(None),) * a + (keep,)]
+
+
+class Narrowed(Source):
+    def __init__(self, base: Source, axis: int, start: int, size: int) -> None:
+        if start + size > base.shape[axis]:
+            raise ValueError(f"axis {axis} of shape {base.shape} has no entries {start}..{start + size}")
+        self.base, self.axis, self.start = base, axis, start
+        self.shape = (*base.shape[:axis], size, *base.shape[axis + 1 :])
+
+    def read(self, box: Box) -> np.ndarray:
+        s = box[self.axis]
+        return self.base.read(_replace(box, self.axis, slice(s.start + self.start, s.stop + self.start)))
+
+
+class Repeated(Source):
+    def __init__(self, base: Source, axis: int, times: int) -> None:
+        self.base, self.axis, self.times = base, axis, times
+        self.shape = (*base.shape[:axis], base.shape[axis] * times, *base.shape[axis + 1 :])
+
+    def read(self, box: Box) -> np.ndarray:
+        s = box[self.axis]
+        first = s.start // self.times
+        values = self.base.read(_replace(box, self.axis, slice(first, -(-s.stop // self.times))))
+        return np.take(values, np.arange(s.start, s.stop) // self.times - first, axis=self.axis)
+
+
+class Padded(Source):
+    def __init__(self, base: Source, axis: int, size: int) -> None:
+        self.base, self.axis = base, axis
+        self.shape = (*base.shape[:axis], size, *base.shape[axis + 1 :])
+
+    def read(self, box: Box) -> np.ndarray:
+        s, real = box[self.axis], self.base.shape[self.axis]
+        values = self.base.read(_replace(box, self.axis, slice(min(s.start, real), min(s.stop, real))))
+        missing = [(0, 0)] * len(self.shape)
+        missing[self.axis] = (0, s.stop - s.start - values.shape[self.axis])
+        return np.pad(values, missing)
+
+
+class Concatenated(Source):
+    def __init__(self, parts: tuple[Source, ...], axis: int) -> None:
+        shapes = {(*p.shape[:axis], *p.shape[axis + 1 :]) for p in parts}
+        if len(shapes) != 1:
+            raise ValueError(f"shapes {[p.shape for p in parts]} do not fit together along axis {axis}")
+        self.parts, self.axis = parts, axis
+        first = parts[0].shape
+        self.shape = (*first[:axis], sum(p.shape[axis] for p in parts), *first[axis + 1 :])
+
+    def read(self, box: Box) -> np.ndarray:
+        wanted, start, pieces = box[self.axis], 0, []
+        for part in self.parts:
+            size = part.shape[self.axis]
+            low, high = max(wanted.start - start, 0), min(wanted.stop - start, size)
+            if low < high:
+                pieces.append(part.read(_replace(box, self.axis, slice(low, high))))
+            start += size
+        return np.concatenate(pieces, axis=self.axis)
