@@ -1,0 +1,1 @@
+"""Kernels: one device's view, arrays in and arrays out. ``dispatch`` says which implementation runs."""

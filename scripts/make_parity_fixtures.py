@@ -31,7 +31,8 @@ Every case is checked before it is written, and the script stops where a check f
   * no greedy step is a near tie (top-2 logit gap above MIN_GAP), no continuation holds the EOS id or is one
     token over and over; the seed moves on until this holds;
   * each config change listed in the case moves some log-probability by more than MIN_EFFECT, so a loader that
-    ignores the key cannot pass;
+    ignores the key cannot pass (GELU and its approximation are closer, see MIN_FINE_EFFECT);
+  * float32 and float64 give nearly the same log-probabilities, so that a test can have a tight tolerance;
   * reversing any one tensor along its first axis does so too, so a tensor that is ignored, permuted or mixed
     up with another cannot pass.
 """
@@ -48,18 +49,22 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-try:
-    import torch
+MISSING: str | None = None
+if TYPE_CHECKING:
+    import torch  # pyright: ignore[reportMissingImports]
     import transformers
     from safetensors.torch import load_file, save_file
-except ModuleNotFoundError as error:  # --help and --list work without them
-    MISSING: str | None = error.name
 else:
-    MISSING = None
+    try:
+        import torch
+        import transformers
+        from safetensors.torch import load_file, save_file
+    except ModuleNotFoundError as error:  # --help and --list work without them
+        MISSING = error.name
 
 TESTED_VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0"}
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "tests" / "parity" / "fixtures"
@@ -68,9 +73,11 @@ PROMPT_LENGTHS = (1, 17, 45)
 GREEDY_STEPS = 12
 MIN_GAP = 1e-2  # smallest allowed difference of the two best logits at a greedy step
 MIN_EFFECT = 1e-2  # smallest allowed effect of a config key or a tensor on the log-probabilities
+MIN_FINE_EFFECT = 1e-3  # the same for the approximation of GELU; tests need a tolerance well below this
 MIN_DISTINCT = 4  # smallest allowed number of different tokens in a greedy continuation
 RELOAD_TOLERANCE = 1e-5
 CACHE_TOLERANCE = 1e-3
+MAX_ROUNDING = 2e-4  # largest allowed difference of float32 and float64, so that tests can be strict
 MAX_ATTEMPTS = 200
 
 JsonDict = dict[str, Any]
@@ -85,6 +92,7 @@ class Case:
     about: one line on what the case is for.
     config: arguments of the transformers config class, and its model_type.
     checks: label -> changed config.json keys; each change must move the log-probabilities by MIN_EFFECT.
+    fine_checks: the same for changes with a small effect (which GELU), which must reach MIN_FINE_EFFECT.
     rename: config.json keys to set after saving, to write the older spelling of the same model.
     drop: config.json keys to remove after saving.
     rewrite: turns the saved tensors into those of another layout that transformers reads as the same model.
@@ -97,6 +105,7 @@ class Case:
     about: str
     config: JsonDict
     checks: dict[str, JsonDict] = field(default_factory=dict)
+    fine_checks: dict[str, JsonDict] = field(default_factory=dict)
     rename: JsonDict = field(default_factory=dict)
     drop: tuple[str, ...] = ()
     rewrite: Callable[[Tensors, JsonDict], Tensors] | None = None
@@ -144,6 +153,7 @@ GEMMA2 = {
     "tie_word_embeddings": True,
     "rope_parameters": rope(),
 }
+GEMMA3_GLOBAL_ROPE = rope(5000.0, "linear", factor=4.0)
 GEMMA3 = {
     **GEMMA2,
     "model_type": "gemma3_text",
@@ -152,7 +162,7 @@ GEMMA3 = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "rope_parameters": {
         "sliding_attention": rope(200.0),
-        "full_attention": rope(5000.0, "linear", factor=4.0),
+        "full_attention": GEMMA3_GLOBAL_ROPE,
     },
 }
 GPT2 = {
@@ -215,7 +225,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def gpt2_hub_names(tensors: Tensors, config: JsonDict) -> Tensors:
-    """The layout of the original GPT-2 checkpoints: no "transformer." prefix, causal masks among the tensors."""
+    """The layout of the original GPT-2 checkpoints: no "transformer." prefix, causal masks as tensors."""
     size = config["n_positions"]
     renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     for layer in range(config["n_layer"]):
@@ -309,7 +319,9 @@ CASES = [
         checks={
             "betas": {"rope_parameters": rope(500.0, "yarn", **{**YARN_OPTIONS, "beta_fast": 32.0})},
             "mscale": {"rope_parameters": rope(500.0, "yarn", **{**YARN_OPTIONS, "mscale": 0.3})},
-            "mscale_all_dim": {"rope_parameters": rope(500.0, "yarn", **{**YARN_OPTIONS, "mscale_all_dim": 0.0})},
+            "mscale_all_dim": {
+                "rope_parameters": rope(500.0, "yarn", **{**YARN_OPTIONS, "mscale_all_dim": 0.0})
+            },
             "truncate": {"rope_parameters": rope(500.0, "yarn", **{**YARN_OPTIONS, "truncate": True})},
         },
     ),
@@ -320,8 +332,14 @@ CASES = [
     ),
     Case(
         "llama_headdim80",
-        "multi-query attention, explicit head_dim 80 that is not hidden_size / heads",
-        {**LLAMA, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 80, "intermediate_size": 72},
+        "multi-query attention, head_dim 80, not hidden_size / heads",
+        {
+            **LLAMA,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 80,
+            "intermediate_size": 72,
+        },
     ),
     Case(
         "llama_sharded",
@@ -343,7 +361,7 @@ CASES = [
     ),
     Case(
         "mistral",
-        "sliding window 8 in every layer, 6 query and 2 KV heads, head_dim 24 that hidden_size / heads is not",
+        "sliding window 8 in every layer, 6 query and 2 KV heads, head_dim not hidden_size / heads",
         {**MISTRAL, "hidden_size": 52, "num_attention_heads": 6, "head_dim": 24, "sliding_window": 8},
         checks={"window off": {"sliding_window": None}, "window size": {"sliding_window": 9}},
     ),
@@ -397,7 +415,7 @@ CASES = [
     ),
     Case(
         "qwen3",
-        "per-head q and k norms, head_dim 24 that hidden_size / heads is not",
+        "per-head q and k norms, head_dim 24, not hidden_size / heads",
         {**QWEN3, "hidden_size": 56, "head_dim": 24},
         checks={"rope base": {"rope_parameters": rope(10000.0)}},
     ),
@@ -486,6 +504,7 @@ CASES = [
             "query_pre_attn_scalar": {"query_pre_attn_scalar": 24},
             "rope base": {"rope_parameters": rope(10000.0)},
         },
+        fine_checks={"gelu": {"hidden_activation": "gelu"}},
     ),
     Case(
         "gemma2_nosoftcap",
@@ -512,9 +531,10 @@ CASES = [
             "window off": {"sliding_window": 4096},
             "window size": {"sliding_window": 9},
             "global scaling off": {"rope_parameters": {SLIDING: rope(200.0), FULL: rope(5000.0)}},
-            "one rope for all": {"rope_parameters": {kind: GEMMA3["rope_parameters"][FULL] for kind in (SLIDING, FULL)}},
+            "one rope for all": {"rope_parameters": dict.fromkeys((SLIDING, FULL), GEMMA3_GLOBAL_ROPE)},
             "query_pre_attn_scalar": {"query_pre_attn_scalar": 20},
         },
+        fine_checks={"gelu": {"hidden_activation": "gelu"}},
     ),
     Case(
         "gemma3_legacy",
@@ -540,6 +560,7 @@ CASES = [
         "gpt2",
         "learned positions, transposed weights, gelu_new, n_inner that is not 4 n_embd",
         GPT2,
+        fine_checks={"gelu": {"activation_function": "gelu"}},
     ),
     Case(
         "gpt2_options",
@@ -573,6 +594,7 @@ CASES = [
             "partial_rotary_factor": {"rope_parameters": rope(partial_rotary_factor=1.0)},
             "parallel residual": {"use_parallel_residual": False},
         },
+        fine_checks={"gelu": {"hidden_act": "gelu_new"}},
     ),
     Case(
         "gpt_neox_sequential",
@@ -594,6 +616,7 @@ CASES = [
         "gpt_neox_nobias",
         "attention_bias false, tied embeddings, gelu_new",
         {**NEOX, "attention_bias": False, "tie_word_embeddings": True, "hidden_act": "gelu_new"},
+        fine_checks={"gelu": {"hidden_act": "gelu"}},
     ),
     Case(
         "gpt_neox_legacy",
@@ -608,7 +631,10 @@ CASES = [
         "opt",
         "learned positions with an offset of 2, relu, norms before the blocks",
         OPT,
-        checks={"do_layer_norm_before": {"do_layer_norm_before": False}, "activation": {"activation_function": "gelu"}},
+        checks={
+            "do_layer_norm_before": {"do_layer_norm_before": False},
+            "activation": {"activation_function": "gelu"},
+        },
         no_effect=("k_proj.bias",),
     ),
     Case(
@@ -635,6 +661,7 @@ CASES = [
             "_remove_final_layer_norm": True,
         },
         checks={"final norm": {"_remove_final_layer_norm": False}},
+        fine_checks={"gelu": {"activation_function": "gelu_new"}},
     ),
     Case(
         "olmo2",
@@ -652,7 +679,10 @@ CASES = [
 
 def randomise(model: torch.nn.Module, model_type: str, generator: torch.Generator) -> None:
     """Give every parameter values under which it matters: sharp attention, uneven norms, nonzero biases."""
-    norm_centre = 0.0 if model_type.startswith("gemma") else 1.0  # Gemma norms multiply by 1 + weight
+    # Gemma norms multiply by 1 + weight. Its embeddings are tied and scaled by sqrt(hidden_size), which would
+    # make every token predict itself: they are smaller here, and the last norm has weights of both signs.
+    is_gemma = model_type.startswith("gemma")
+    norm_centre, embedding_std = (0.0, 0.1) if is_gemma else (1.0, 0.3)
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -663,10 +693,12 @@ def randomise(model: torch.nn.Module, model_type: str, generator: torch.Generato
             if parameter.ndim == 1 and name == "bias":
                 value = 0.3 * noise
             elif parameter.ndim == 1:
-                is_qk_norm = module_name.endswith(("q_norm", "k_norm"))
-                value = norm_centre + (0.5 if is_qk_norm else 0.0) + 0.3 * noise
+                shift = 0.5 if module_name.endswith(("q_norm", "k_norm")) else 0.0
+                std = 3.0 if is_gemma and module_name == "model.norm" else 0.3
+                value = norm_centre + shift + std * noise
             elif isinstance(module, torch.nn.Embedding):
-                value = 0.3 * noise
+                is_position = module_name.endswith(("wpe", "embed_positions"))
+                value = (0.8 if is_position else embedding_std) * noise
             else:
                 fan_in = parameter.shape[0 if type(module).__name__ == "Conv1D" else 1]
                 if module_name.endswith(("q_proj", "k_proj", "qkv_proj", "query_key_value", "c_attn")):
@@ -709,7 +741,7 @@ def save(case: Case, model: torch.nn.Module, folder: Path) -> None:
 
 
 def load(folder: Path, changes: JsonDict | None = None) -> torch.nn.Module:
-    """The checkpoint as transformers loads it, in float32 with eager attention; changes edit its config.json."""
+    """The checkpoint as transformers loads it, in float32, eager attention; changes edit its config.json."""
     config = transformers.AutoConfig.from_pretrained(folder)
     if changes is not None:
         raw = json.loads((folder / "config.json").read_text())
@@ -727,10 +759,15 @@ def load(folder: Path, changes: JsonDict | None = None) -> torch.nn.Module:
 # ------------------------------------------------------------------------------------------------------------
 
 
+def fail(message: str) -> NoReturn:
+    """Stop with a message."""
+    raise SystemExit(f"make_parity_fixtures: {message}")
+
+
 def require(condition: bool, message: str) -> None:
     """Stop with a message where a check fails."""
     if not condition:
-        raise SystemExit(f"make_parity_fixtures: {message}")
+        fail(message)
 
 
 def log_probabilities(model: torch.nn.Module, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -809,10 +846,11 @@ def check_config_changes(
 ) -> dict[str, float]:
     """Apply each listed config change and require that it shows. Returns the effects."""
     effects = {}
-    for label, changes in case.checks.items():
-        effect = largest_difference(reference, log_probabilities(load(folder, changes), prompts))
-        require(effect > MIN_EFFECT, f"{case.name}: the change '{label}' has an effect of only {effect:.2g}")
-        effects[label] = effect
+    for checks, least in ((case.checks, MIN_EFFECT), (case.fine_checks, MIN_FINE_EFFECT)):
+        for label, changes in checks.items():
+            effect = largest_difference(reference, log_probabilities(load(folder, changes), prompts))
+            require(effect > least, f"{case.name}: the change '{label}' has an effect of only {effect:.2g}")
+            effects[label] = effect
     return effects
 
 
@@ -827,7 +865,9 @@ def check_tensors(
         effect = largest_difference(reference[-1:], log_probabilities(model, prompts[-1:]))
         parameter.data = original
         if name.endswith(case.no_effect or ("-",)):
-            require(effect < CACHE_TOLERANCE, f"{case.name}: {name} has an effect of {effect:.2g}, none expected")
+            require(
+                effect < CACHE_TOLERANCE, f"{case.name}: {name} has an effect of {effect:.2g}, none expected"
+            )
             continue
         require(effect > MIN_EFFECT, f"{case.name}: reversing {name} has an effect of only {effect:.2g}")
         weakest = min(weakest, (name, effect), key=lambda item: item[1])
@@ -845,7 +885,7 @@ def make_case(case: Case, out: Path, verbose: bool) -> None:
         if expected is not None:
             break
     else:
-        raise SystemExit(f"make_parity_fixtures: {case.name}: no good seed in {MAX_ATTEMPTS} attempts")
+        fail(f"{case.name}: no good seed in {MAX_ATTEMPTS} attempts")
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / case.name
@@ -853,12 +893,17 @@ def make_case(case: Case, out: Path, verbose: bool) -> None:
         loaded = load(folder)
         reference = log_probabilities(loaded, prompts)
         difference = largest_difference(log_probabilities(model, prompts), reference)
-        require(difference < RELOAD_TOLERANCE, f"{case.name}: the saved checkpoint differs by {difference:.2g}")
+        require(
+            difference < RELOAD_TOLERANCE, f"{case.name}: the saved checkpoint differs by {difference:.2g}"
+        )
         expected = compute(case, loaded, prompts)
-        require(expected is not None, f"{case.name}: the saved checkpoint decodes differently")
+        if expected is None:
+            fail(f"{case.name}: the saved checkpoint decodes differently")
         effects = check_config_changes(case, folder, prompts, reference)
         weakest = check_tensors(case, loaded, prompts, reference)
-        np.savez_compressed(folder / "expected.npz", **expected.arrays)
+        rounding = largest_difference(reference, log_probabilities(copy.deepcopy(loaded).double(), prompts))
+        require(rounding < MAX_ROUNDING, f"{case.name}: float32 and float64 differ by {rounding:.2g}")
+        np.savez_compressed(folder / "expected.npz", allow_pickle=False, **expected.arrays)
 
         target = out / case.name
         if target.exists():
@@ -876,27 +921,34 @@ def make_case(case: Case, out: Path, verbose: bool) -> None:
     )
     if verbose:
         for label, effect in effects.items():
-            print(f"    config: {label}: {effect:.3f}")
+            print(f"    config: {label}: {effect:.2g}")
+        print(f"    rounding: float32 and float64 differ by {rounding:.1e}")
         print(f"    tensors: least telling is {weakest[0]}: {weakest[1]:.3f}", flush=True)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="Make the Hugging Face parity fixtures: tiny random checkpoints and what transformers computes.",
+        description="Make the Hugging Face parity fixtures: tiny random checkpoints and expected results.",
         epilog="""examples:
   make_parity_fixtures.py                                 all cases, into tests/parity/fixtures
   make_parity_fixtures.py --case llama --case gemma2 -v   these two, with the measured effects
-  make_parity_fixtures.py --out /tmp/fixtures             all cases, elsewhere
+  make_parity_fixtures.py --out fixtures                  all cases, elsewhere
   make_parity_fixtures.py --list                          the names of the cases and what they are for
 
 The environment this needs is described at the top of the script.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="where to write (%(default)s)")
-    parser.add_argument("--case", action="append", metavar="NAME", help="make only this case; may be repeated")
+    parser.add_argument(
+        "--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="where to write (%(default)s)"
+    )
+    parser.add_argument(
+        "--case", action="append", metavar="NAME", help="make only this case; may be repeated"
+    )
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
-    parser.add_argument("-v", "--verbose", action="store_true", help="print the effect of each checked switch")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="print the effect of each checked switch"
+    )
     options = parser.parse_args(arguments)
     unknown = set(options.case or ()) - {case.name for case in CASES}
     if unknown:
@@ -915,7 +967,7 @@ def main() -> int:
     for module in (torch, transformers):
         version, tested = module.__version__.split("+")[0], TESTED_VERSIONS[module.__name__]
         if version != tested:
-            print(f"warning: {module.__name__} is {version}; the fixtures were made with {tested}", file=sys.stderr)
+            print(f"warning: {module.__name__} {version}, the fixtures are of {tested}", file=sys.stderr)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)

@@ -1,0 +1,58 @@
+"""Ragged paged attention over a super-sequence: the shared types.
+
+T tokens of up to S sequences lie back to back: sequence s owns rows ``cu_q_lens[s] : cu_q_lens[s + 1]``. Its K and V
+lie in blocks of ``block_size`` tokens, found through row s of ``block_tables``. Rows past ``cu_q_lens[S]`` are
+padding: what attention returns for them is zero, and their K and V go to block 0, which nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jax import Array
+
+
+class Ragged(NamedTuple):
+    """Where the tokens of a step belong. All int32.
+
+    slot_mapping [T]: block * block_size + offset that token t's K and V are written to;
+    cu_q_lens [S+1]: first row of each sequence; kv_lens [S]: tokens of it in the cache, this step's included
+    (0 for an empty row); block_tables [S, B]: its blocks in order, anything behind the last live one.
+    """
+
+    slot_mapping: Array
+    cu_q_lens: Array
+    kv_lens: Array
+    block_tables: Array
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Static options of one layer's attention."""
+
+    scale: float
+    window: int | None = None
+    """A token sees itself and the window - 1 tokens before it; None = all."""
+    softcap: float | None = None
+
+
+CacheShapes = Callable[[int, int, int, int], tuple[tuple[int, ...], tuple[int, ...]]]
+"""(num_blocks, block_size, kv_heads, head_dim) -> shapes of the K and the V cache; axes 0 and 1 are block, kv head."""
+
+Write = Callable[[Array, Array, Array, Array, Array], tuple[Array, Array]]
+"""(k_cache, v_cache, k [T,K,H], v [T,K,H], slot_mapping [T]) -> the caches with k and v written."""
+
+Attend = Callable[[Array, Array, Array, Ragged, Masking], Array]
+"""(q [T,K,G,H], k_cache, v_cache, ragged, masking) -> [T,K,G,H] in q's dtype."""
+
+
+@dataclass(frozen=True)
+class PagedAttention:
+    """One implementation: it owns the layout of its cache."""
+
+    name: str
+    cache_shapes: CacheShapes
+    write: Write
+    attend: Attend

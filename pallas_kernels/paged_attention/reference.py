@@ -1,0 +1,54 @@
+"""The definition of correct: every token gathers its sequence's whole table and masks what it must not see."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.paged_attention import Masking, PagedAttention, Ragged
+
+
+def cache_shapes(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+    """Both [block, kv_head, token, head_dim]."""
+    shape = (num_blocks, kv_heads, block_size, head_dim)
+    return shape, shape
+
+
+def write(k_cache: Array, v_cache: Array, k: Array, v: Array, slot_mapping: Array) -> tuple[Array, Array]:
+    block, offset = slot_mapping // k_cache.shape[2], slot_mapping % k_cache.shape[2]
+    return (
+        k_cache.at[block, :, offset].set(k.astype(k_cache.dtype)),
+        v_cache.at[block, :, offset].set(v.astype(v_cache.dtype)),
+    )
+
+
+def attend(q: Array, k_cache: Array, v_cache: Array, ragged: Ragged, masking: Masking) -> Array:
+    t = jnp.arange(q.shape[0])
+    ends = ragged.cu_q_lens[1:]
+    sequence = jnp.minimum(jnp.sum(t[:, None] >= ends[None], axis=1), ends.shape[0] - 1)
+    position = ragged.kv_lens[sequence] - (ends[sequence] - t)
+
+    def one_token(q_t: Array, seq: Array, position: Array) -> Array:
+        k, v = (_tokens(cache, ragged.block_tables[seq]) for cache in (k_cache, v_cache))
+        scores = jnp.einsum("kgh,skh->kgs", q_t.astype(jnp.float32), k) * masking.scale
+        if masking.softcap is not None:
+            scores = jnp.tanh(scores / masking.softcap) * masking.softcap
+        s = jnp.arange(k.shape[0])
+        seen = s <= position
+        if masking.window is not None:
+            seen &= s > position - masking.window
+        weights = jax.nn.softmax(jnp.where(seen[None, None], scores, -jnp.inf), axis=-1)
+        return jnp.einsum("kgs,skh->kgh", weights, jnp.where(seen[:, None, None], v, 0.0))
+
+    out = jax.lax.map(lambda args: one_token(*args), (q, sequence, position))
+    return jnp.where((t < ends[-1])[:, None, None, None], out, 0.0).astype(q.dtype)
+
+
+def _tokens(cache: Array, table: Array) -> Array:
+    """Blocks of one sequence as float32 [tokens, K, H]."""
+    blocks = jnp.moveaxis(cache[table], 2, 1)
+    return blocks.reshape(-1, *blocks.shape[2:]).astype(jnp.float32)
+
+
+IMPLEMENTATION = PagedAttention("reference", cache_shapes, write, attend)

@@ -1,0 +1,459 @@
+"""Data of the demo model: skills with exact answers, text from the Python installation, the tokenizer.
+
+Nothing is downloaded. Unseen means unseen: a skill's cases are split by a hash of what the case asks (whatever
+the wording), text by a hash of the file it comes from.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import random
+import re
+import string
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+SPECIAL_TOKENS = (END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+HELD_OUT_PERCENT = 5
+
+WORDS = (
+    "red blue green black white yellow cat dog bird fish horse cow tree leaf rose sun moon star sky rain snow wind "
+    "fire water sand stone gold iron wood glass paper book page word line door room house road city ship car train "
+    "bike hat shoe coat ring bell cup plate fork knife bread milk egg apple pear plum lemon rice salt tea cake hand "
+    "foot eye ear nose king queen child baker song drum game ball map key lock clock desk lamp box bag pen coin "
+    "river lake hill field farm bridge tower wall north south east west"
+).split()
+NAMES = "Ada Alan Anna Ben Carl Dora Emma Eva Finn Grace Hugo Ida Ivan Jane John Kim Leo Lisa Max Mia Noah Olga".split()
+CITIES = "Berlin Bonn Cairo Delhi Lima London Madrid Milan Oslo Paris Prague Riga Rome Tokyo Vienna".split()
+TEXT_FIELDS = {"name": NAMES, "city": CITIES, "owner": NAMES, "color": WORDS[:6], "item": WORDS[40:], "title": WORDS}
+NUMBER_FIELDS = ("age", "size", "id", "count", "price", "year")
+
+SMALL_TALK = (
+    ("Hello|Hi|Hello!|Hi!|hello|Hey", "Hello! I am a small demo model. Try: 17 + 25?"),
+    (
+        "Who are you?|What are you?|what is your name?|Tell me about yourself.",
+        "I am the demo model of jaxserve: a tiny language model for trying the engine out.",
+    ),
+    (
+        "What can you do?|Help|help|How can you help me?",
+        "I can add small numbers, sort and reverse short lists, look up a key, count words and write JSON.",
+    ),
+    ("Thank you|Thanks|Thanks!|thank you!", "You are welcome!"),
+    ("Bye|Goodbye|bye|Good night", "Goodbye!"),
+    ("How are you?|how are you|How do you do?", "I am fine, thank you. Ask me for a sum."),
+)
+SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer briefly.", "You are a demo model.")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question with its one right answer. ``wordings[0]`` is the plain one, which is scored."""
+
+    key: str
+    wordings: tuple[str, ...]
+    answer: str
+
+    @property
+    def held_out(self) -> bool:
+        return is_held_out(self.key)
+
+
+def is_held_out(key: str) -> bool:
+    """Whether a case or a file belongs to the held-out split."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) % 100 < HELD_OUT_PERCENT
+
+
+def _word(rng: random.Random) -> str:
+    """Mostly a known word, sometimes a made-up one, so that lists are read and not just recognised."""
+    if rng.random() < 0.85:
+        return rng.choice(WORDS)
+    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
+
+
+def _distinct_words(rng: random.Random, n: int) -> list[str]:
+    words: dict[str, None] = {}
+    while len(words) < n:
+        words[_word(rng)] = None
+    return list(words)
+
+
+def _number(rng: random.Random, weights: tuple[int, int, int]) -> int:
+    """1 to 3 digits with the given odds."""
+    digits = rng.choices((1, 2, 3), weights)[0]
+    return rng.randint(10 ** (digits - 1) if digits > 1 else 0, 10**digits - 1)
+
+
+def _separator(rng: random.Random) -> str:
+    return ", " if rng.random() < 0.2 else " "
+
+
+def _add(rng: random.Random) -> Case:
+    a, b = (_number(rng, (3, 7, 10)) for _ in range(2))
+    wordings = (f"{a} + {b}?", f"What is {a} + {b}?", f"{a}+{b}", f"{a} + {b} =", f"Add {a} and {b}.")
+    return Case(f"add {min(a, b)} {max(a, b)}", wordings, str(a + b))
+
+
+def _items(rng: random.Random) -> list[str]:
+    n = rng.randint(3, 6)
+    return [str(rng.randint(0, 9)) for _ in range(n)] if rng.random() < 0.4 else [_word(rng) for _ in range(n)]
+
+
+def _reverse(rng: random.Random) -> Case:
+    items, sep = _items(rng), _separator(rng)
+    text = sep.join(items)
+    wordings = (f"reverse {text}?", f"Reverse: {text}", f"Reverse the list {text}", f"reverse {text}")
+    return Case(f"reverse {items}", wordings, sep.join(reversed(items)))
+
+
+def _copy(rng: random.Random) -> Case:
+    items, sep = _items(rng), _separator(rng)
+    text = sep.join(items)
+    return Case(f"copy {items}", (f"repeat {text}?", f"Repeat: {text}", f"Say {text}"), text)
+
+
+def _sort(rng: random.Random) -> Case:
+    numbers, sep = [_number(rng, (1, 3, 0)) for _ in range(rng.randint(3, 5))], _separator(rng)
+    text = sep.join(map(str, numbers))
+    wordings = (f"sort {text}?", f"Sort: {text}", f"Sort these numbers: {text}", f"sort {text}")
+    return Case(f"sort {numbers}", wordings, sep.join(map(str, sorted(numbers))))
+
+
+def _largest(rng: random.Random) -> Case:
+    numbers, sep = [_number(rng, (1, 3, 0)) for _ in range(rng.randint(3, 5))], _separator(rng)
+    text = sep.join(map(str, numbers))
+    wordings = (f"largest of {text}?", f"Which is the largest of {text}?", f"largest: {text}")
+    return Case(f"largest {numbers}", wordings, str(max(numbers)))
+
+
+def _lookup(rng: random.Random) -> Case:
+    keys = _distinct_words(rng, rng.randint(2, 5))
+    values = [str(_number(rng, (1, 2, 0))) if rng.random() < 0.6 else _word(rng) for _ in keys]
+    pairs = ", ".join(f"{k}={v}" for k, v in zip(keys, values, strict=True))
+    at = rng.randrange(len(keys))
+    wordings = (f"{pairs}. {keys[at]}?", f"Given {pairs}, what is {keys[at]}?", f"{pairs}. What is {keys[at]}?")
+    return Case(f"lookup {pairs} {keys[at]}", wordings, values[at])
+
+
+def _count(rng: random.Random) -> Case:
+    kinds = _distinct_words(rng, rng.randint(2, 3))
+    items = [rng.choice(kinds) for _ in range(rng.randint(3, 7))]
+    text = " ".join(items)
+    wordings = (f"count {kinds[0]} in {text}?", f"How many times is {kinds[0]} in {text}?", f"Count {kinds[0]}: {text}")
+    return Case(f"count {kinds[0]} {items}", wordings, str(items.count(kinds[0])))
+
+
+def _json(rng: random.Random) -> Case:
+    names = rng.sample([*TEXT_FIELDS, *NUMBER_FIELDS], rng.randint(2, 4))
+    fields = {n: rng.choice(TEXT_FIELDS[n]) if n in TEXT_FIELDS else _number(rng, (1, 2, 1)) for n in names}
+    text = ", ".join(f"{k}={v}" for k, v in fields.items())
+    wordings = (f"json {text}?", f"JSON: {text}", f"Write JSON with {text}", f"Make a JSON object: {text}.")
+    return Case(f"json {text}", wordings, json.dumps(fields))
+
+
+SKILLS: dict[str, Callable[[random.Random], Case]] = {
+    "add": _add,
+    "reverse": _reverse,
+    "sort": _sort,
+    "lookup": _lookup,
+    "json": _json,
+    "copy": _copy,
+    "largest": _largest,
+    "count": _count,
+}
+SKILL_ODDS = {"add": 30, "reverse": 11, "sort": 15, "lookup": 14, "json": 9, "copy": 4, "largest": 7, "count": 10}
+
+
+def draw(rng: random.Random, skill: str, *, held_out: bool) -> Case:
+    """A random case of one split."""
+    while (case := SKILLS[skill](rng)).held_out != held_out:
+        pass
+    return case
+
+
+def held_out_cases(skill: str, count: int, seed: int) -> list[Case]:
+    """``count`` different cases that training never draws."""
+    rng = random.Random(f"held out {seed} {skill}")
+    cases: dict[str, Case] = {}
+    while len(cases) < count:
+        case = draw(rng, skill, held_out=True)
+        cases[case.key] = case
+    return list(cases.values())
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a document: text to learn (answers) or text that is only read (questions)."""
+
+    text: str
+    learn: bool
+
+
+def plain_form(case: Case, wording: int = 0) -> tuple[Segment, Segment]:
+    """``Q: ...`` / ``A: ...`` lines; the answer ends with its newline."""
+    return Segment(f"Q: {case.wordings[wording]}\nA:", False), Segment(f" {case.answer}\n", True)
+
+
+def chat_form(question: str, answer: str) -> tuple[Segment, Segment]:
+    """One exchange as the chat template writes it."""
+    return Segment(f"{USER}{question}{END}{ASSISTANT}", False), Segment(f"{answer}{END}", True)
+
+
+def skill_document(rng: random.Random, lessons: Sequence[tuple[str, str]]) -> list[Segment]:
+    """One training document: some plain questions in a row, or a conversation.
+
+    ``lessons`` are further (question, answer) pairs for conversations.
+    """
+    names, odds = list(SKILL_ODDS), list(SKILL_ODDS.values())
+    chat = rng.random() < 0.4
+    same = rng.choices(names, odds)[0] if rng.random() < 0.4 else None
+    segments: list[Segment] = []
+    if chat and rng.random() < 0.1:
+        segments.append(Segment(f"{SYSTEM}{rng.choice(SYSTEM_PROMPTS)}{END}", False))
+    for _ in range(rng.choice((1, 1, 2, 3) if chat else (1, 1, 1, 2, 3, 5))):
+        case = draw(rng, same or rng.choices(names, odds)[0], held_out=False)
+        if not chat:
+            segments += plain_form(case, 0 if rng.random() < 0.8 else rng.randrange(len(case.wordings)))
+        elif (other := rng.random()) < 0.05:
+            questions, answer = rng.choice(SMALL_TALK)
+            segments += chat_form(rng.choice(questions.split("|")), answer)
+        elif other < 0.12 and lessons:
+            segments += chat_form(*rng.choice(lessons))
+        else:
+            segments += chat_form(rng.choice(case.wordings), case.answer)
+    return [*segments, Segment(END_OF_TEXT, True)]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text of one split: documents to continue, and (question, answer) pairs from docstrings."""
+
+    prose: tuple[str, ...]
+    code: tuple[str, ...]
+    lessons: tuple[tuple[str, str], ...]
+
+
+def read_corpus(*, held_out: bool) -> Corpus:
+    """English and code of the running Python's standard library."""
+    library = Path(ast.__file__).parent
+    prose: list[str] = []
+    code: list[str] = []
+    lessons: list[tuple[str, str]] = []
+    for path in _library_files(library, (".py",)):
+        name = path.relative_to(library).as_posix()
+        if is_held_out(name) != held_out:
+            continue
+        source = path.read_text(encoding="utf-8", errors="ignore")
+        module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        if module == "pydoc_data.topics":
+            continue
+        code.append(_scrub(source))
+        found = [(title, _scrub(text)) for title, text in _docstrings(source, module)]
+        prose.append("\n\n".join(f"{title}: {text}" if title != module else text for title, text in found))
+        lessons += [lesson for title, text in found if (lesson := _lesson(title, text))]
+    for path in _library_files(library, (".txt", ".rst", ".html")):
+        if is_held_out(path.relative_to(library).as_posix()) == held_out:
+            text = _scrub(path.read_text(encoding="utf-8", errors="ignore"))
+            prose.append(_html_text(text) if path.suffix == ".html" else text)
+    prose += [_scrub(text) for topic, text in _topics() if is_held_out(f"topic {topic}") == held_out]
+    return Corpus(tuple(t for t in prose if len(t) > 80), tuple(t for t in code if len(t) > 200), tuple(lessons))
+
+
+def _library_files(library: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    skip = {"site-packages", "test", "tests", "idle_test", "encodings", "lib2to3", "ensurepip", "__pycache__"}
+    for path in sorted(library.rglob("*")):
+        parts = path.relative_to(library).parts
+        generated = parts[-1].startswith("_sysconfigdata") or parts[0].startswith("config-")
+        if path.suffix in suffixes and path.is_file() and not generated and not skip.intersection(parts):
+            yield path
+
+
+def _topics() -> list[tuple[str, str]]:
+    """The language reference as the interactive ``help()`` shows it."""
+    from pydoc_data.topics import topics
+
+    return sorted(topics.items())
+
+
+def _scrub(text: str) -> str:
+    """Without addresses of people and pages, non-ASCII text and trailing blanks."""
+    text = re.sub(r"[\w.+-]+@[\w-]+\.[\w.-]+", "name@example.org", text)
+    text = re.sub(r"(https?|ftp)://[^\s\"'<>)\]}`]+", r"\1://example.org/", text)
+    text = re.sub(r"[^\x00-\x7f]+", "", text)
+    return re.sub(r"[ \t\r\f\v]+\n", "\n", text)
+
+
+def _docstrings(source: str, module: str) -> Iterator[tuple[str, str]]:
+    """(dotted name, docstring) of a module and what it defines."""
+    pending: list[tuple[str, ast.AST]] = [(module, ast.parse(source))]
+    while pending:
+        name, node = pending.pop(0)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if text := ast.get_docstring(node):
+                yield name, text
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                pending.append((f"{name}.{child.name}", child))
+
+
+def _lesson(title: str, docstring: str) -> tuple[str, str] | None:
+    """``What is textwrap.fill?`` with the first sentence of its docstring."""
+    sentence = " ".join(docstring.split("\n\n")[0].split())
+    plain = sentence and sentence[0] in string.ascii_uppercase and sentence.endswith(".") and len(sentence) < 160
+    return (f"What is {title}?", sentence) if plain and "._" not in title and title[0] != "_" else None
+
+
+class _Text(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+
+    def handle_data(self, data: str) -> None:
+        self.pieces.append(data)
+
+
+def _html_text(html: str) -> str:
+    parser = _Text()
+    parser.feed(html)
+    return re.sub(r"\n\s*\n+", "\n\n", "".join(parser.pieces))
+
+
+def train_tokenizer(corpus: Corpus, vocab_size: int, seed: int) -> Tokenizer:
+    """Byte-level BPE with one token per digit, learned on text and skill documents of the training split."""
+    rng = random.Random(f"tokenizer {seed}")
+    skills = ["".join(s.text for s in skill_document(rng, corpus.lessons)) for _ in range(20_000)]
+    texts = [re.sub(r"<\|\w+\|>", "", text) for text in skills] * 2
+    texts += [*corpus.prose, *(source[:20_000] for source in corpus.code[::3])]
+    # Known words twice over, with and without the space before them, so that each is one token in both places.
+    texts += [f"{w}\n {w}\n" * 400 for w in (*WORDS, *NAMES, *CITIES, *TEXT_FIELDS, *NUMBER_FIELDS)]
+    tokenizer = Tokenizer(models.BPE())
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
+    """tokenizer.json and tokenizer_config.json, for ``transformers.AutoTokenizer``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": END_OF_TEXT,
+        "extra_special_tokens": [SYSTEM, USER, ASSISTANT],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token ids int32 [R, T+1] (inputs and, shifted by one, targets) and the targets' loss weights [R, T]."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Packs documents densely into rows. Each row starts where a document (or a line of one) starts.
+
+    Targets: answers and text count fully, questions with ``question_weight``.
+    """
+
+    tokenizer: Tokenizer
+    lessons: tuple[tuple[str, str], ...]
+    prose: tuple[np.ndarray, ...]
+    code: tuple[np.ndarray, ...]
+    prose_share: float = 0.6
+    question_weight: float = 0.05
+
+    @classmethod
+    def create(cls, tokenizer: Tokenizer, corpus: Corpus) -> Packer:
+        def encode(texts: tuple[str, ...]) -> tuple[np.ndarray, ...]:
+            return tuple(
+                np.asarray(e.ids, np.int32) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            )
+
+        return cls(tokenizer, corpus.lessons, encode(corpus.prose), encode(corpus.code))
+
+    def skill_rows(self, rng: random.Random, rows: int, length: int) -> Rows:
+        """Rows of skill documents."""
+
+        def documents() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            while True:
+                batch = [skill_document(rng, self.lessons) for _ in range(16)]
+                flat = [s for document in batch for s in document]
+                encoded = self.tokenizer.encode_batch([s.text for s in flat], add_special_tokens=False)
+                pieces = iter(zip(flat, encoded, strict=True))
+                for document in batch:
+                    parts = [next(pieces) for _ in document]
+                    weights = [(1.0 if s.learn else self.question_weight, len(e.ids)) for s, e in parts]
+                    yield (
+                        np.concatenate([np.asarray(e.ids, np.int32) for _, e in parts]),
+                        np.repeat(*(np.asarray(x) for x in zip(*weights, strict=True))).astype(np.float32),
+                    )
+
+        return _pack(documents(), rows, length)
+
+    def text_rows(self, rng: random.Random, rows: int, length: int) -> Rows:
+        """Rows of prose and code; a document is entered at its start or at a random place."""
+        end = self.tokenizer.token_to_id(END_OF_TEXT)
+
+        def documents() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            while True:
+                texts = self.prose if rng.random() < self.prose_share else self.code
+                ids = rng.choices(texts, [len(t) for t in texts])[0]
+                start = 0 if rng.random() < 0.1 else rng.randrange(len(ids))
+                ids = np.append(ids[start:], np.int32(end))
+                yield ids, np.ones(len(ids), np.float32)
+
+        return _pack(documents(), rows, length)
+
+
+def _pack(documents: Iterator[tuple[np.ndarray, np.ndarray]], rows: int, length: int) -> Rows:
+    """Fill each row with whole documents; only its last one is cut."""
+    ids = np.zeros((rows, length + 1), np.int32)
+    weights = np.zeros((rows, length + 1), np.float32)
+    for row in range(rows):
+        at = 0
+        while at <= length:
+            piece, weight = next(documents)
+            n = min(len(piece), length + 1 - at)
+            ids[row, at : at + n], weights[row, at : at + n] = piece[:n], weight[:n]
+            at += n
+    return Rows(ids, weights[:, 1:])
+
+
+def library_name() -> str:
+    """What the model card calls the source of the text."""
+    return f"standard library of Python {sys.version.split()[0]}"

@@ -1,0 +1,327 @@
+"""Train the demo model that ships in the wheel: a 2.75M-parameter Llama-shaped model, on CPU, without downloads.
+
+It learns a few skills that can be scored exactly (see ``demo_data.SKILLS``) and some English and Python from the
+installation's own standard library. The forward pass is the project's ``Decoder``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import demo_data as data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from optax.contrib import MuonDimensionNumbers, muon
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from jaxserve.layers.attention import dense_causal_attention
+from jaxserve.models.config import DecoderConfig, LayerConfig, RopeConfig
+from jaxserve.models.decoder import Decoder
+from jaxserve.weights.export import save_hf_llama
+
+EXAMPLES = """examples:
+  train for 40 minutes (Ctrl-C saves a checkpoint), then score and write the model:
+    python scripts/train_demo_model.py --out build/demo_model
+  go on after an interruption:
+    python scripts/train_demo_model.py --out build/demo_model --resume
+  score the checkpoint on 300 unseen cases per skill and write the model that ships:
+    python scripts/train_demo_model.py --out build/demo_model --eval-only --export jaxserve/demo_model
+  a quick check that everything runs:
+    python scripts/train_demo_model.py --out build/try --steps 20 --cases 20
+"""
+VOCAB_SIZE = 2048
+MAX_POSITION = 1024
+
+Params = dict[str, Array]
+Batch = tuple[data.Rows, ...]
+"""Blocks of rows of different lengths: skills, then text."""
+
+
+def demo_config() -> DecoderConfig:
+    """Wide and shallow: larger products, and fewer attention scores per token, than a deep model of its size."""
+    return DecoderConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=512,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        layers=(LayerConfig(),) * 4,
+        max_position=MAX_POSITION,
+        ropes=(RopeConfig(dim=64, theta=10_000.0),),
+        tied_embeddings=True,
+        eos_token_ids=(data.SPECIAL_TOKENS.index(data.END), data.SPECIAL_TOKENS.index(data.END_OF_TEXT)),
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """The decoder as functions of a flat dict of float32 parameters."""
+
+    config: DecoderConfig
+    graph: Any
+    template: nnx.State
+
+    @classmethod
+    def create(cls, config: DecoderConfig, seed: int) -> tuple[Model, Params]:
+        graph, state = nnx.split(Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(seed)))
+        params = {".".join(map(str, path)): p[...] for path, p in nnx.to_flat_state(state)}
+        scale = (2 * config.num_layers) ** -0.5  # what is added to the residual stream starts small
+        return cls(config, graph, state), {
+            name: p * scale if name.endswith((".o", ".down")) else p for name, p in params.items()
+        }
+
+    def state(self, params: Params) -> nnx.State:
+        flat = nnx.to_flat_state(self.template)
+        return nnx.from_flat_state((path, p.replace(params[".".join(map(str, path))])) for path, p in flat)
+
+    def logits(self, params: Params, ids: Array) -> Array:
+        """ids [R, T] -> float32 [R, T, V]."""
+        decoder = nnx.merge(self.graph, self.state(params))
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape)
+        return decoder.unembed(decoder(ids, positions, dense_causal_attention(self.config)))
+
+    def loss(self, params: Params, ids: Array, weights: Array) -> Array:
+        """Mean cross-entropy of the next token; ids [R, T+1], weights [R, T]."""
+        losses = optax.softmax_cross_entropy_with_integer_labels(self.logits(params, ids[:, :-1]), ids[:, 1:])
+        return jnp.sum(losses * weights) / jnp.sum(weights)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. Progress is the share of the budget (minutes or steps) that is used up."""
+
+    seed: int
+    minutes: float
+    steps: int | None
+    optimizer: str = "muon"
+    peak_rate: float = 4e-3
+    final_rate: float = 0.02
+    warmup: float = 0.02
+    weight_decay: float = 0.05
+    skill_share: float = 0.65
+    """Weight of the skills' mean loss; the text's has the rest."""
+    long_rows_after: float = 0.85
+    """From here on rows are longer, so that positions up to MAX_POSITION are trained."""
+
+    def learning_rate(self, progress: float) -> float:
+        if progress < self.warmup:
+            return self.peak_rate * progress / self.warmup
+        cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - self.warmup) / (1 - self.warmup)))
+        return self.peak_rate * (self.final_rate + (1 - self.final_rate) * cosine)
+
+    def batch(self, packer: data.Packer, step: int, progress: float) -> Batch:
+        """Skill rows and text rows of one step; depends on the seed and the step alone."""
+        rng = random.Random(f"batch {self.seed} {step}")
+        if progress < self.long_rows_after:
+            return packer.skill_rows(rng, 16, 128), packer.text_rows(rng, 4, 256)
+        return packer.skill_rows(rng, 8, 256), packer.text_rows(rng, 1, MAX_POSITION)
+
+    def optimiser(self) -> optax.GradientTransformation:
+        """Muon for the projections, AdamW for embedding and norms; the update is to be scaled by the rate."""
+        if self.optimizer == "adamw":
+            mask: Callable[[Any], Any] = lambda params: {name: p.ndim > 1 for name, p in params.items()}
+            tx = optax.adamw(1.0, b1=0.9, b2=0.98, weight_decay=self.weight_decay, mask=mask)
+        else:
+            tx = muon(
+                1.0,
+                weight_decay=self.weight_decay,
+                adam_b2=0.98,
+                muon_weight_dimension_numbers=_matrices,
+                consistent_rms=0.2,
+            )
+        return optax.chain(optax.clip_by_global_norm(1.0), tx)
+
+
+def _matrices(params: Params) -> dict[str, MuonDimensionNumbers | None]:
+    """Which axes of the projections are their matrices' (one per head, one each for gate and up)."""
+    axes = {
+        "qkv": MuonDimensionNumbers(0, 3),
+        "o": MuonDimensionNumbers(2, 3),
+        "gate_up": MuonDimensionNumbers(0, 2),
+        "down": MuonDimensionNumbers(0, 1),
+    }
+    return {name: axes.get(name.rsplit(".", 1)[-1]) for name in params}
+
+
+@dataclass
+class Run:
+    """What a checkpoint holds besides arrays."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)
+    """Running means over about 50 steps."""
+
+    def progress(self, recipe: Recipe) -> float:
+        used = self.step / recipe.steps if recipe.steps else self.seconds / (recipe.minutes * 60)
+        return min(1.0, used)
+
+
+def save_checkpoint(path: Path, run: Run, params: Params, state: optax.OptState) -> None:
+    arrays = {f"params/{name}": np.asarray(p) for name, p in params.items()}
+    arrays |= {f"state/{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
+    partial_path = path.with_suffix(".partial.npz")
+    np.savez(partial_path, run=np.asarray(json.dumps(asdict(run))), **arrays)
+    partial_path.rename(path)
+
+
+def load_checkpoint(path: Path, state: optax.OptState | None) -> tuple[Run, Params, optax.OptState | None]:
+    """``state`` gives the optimiser state's structure; None leaves it out."""
+    with np.load(path) as stored:
+        run = Run(**json.loads(str(stored["run"])))
+        params = {n.removeprefix("params/"): jnp.asarray(stored[n]) for n in stored if n.startswith("params/")}
+        if state is not None:
+            leaves, structure = jax.tree.flatten(state)
+            state = jax.tree.unflatten(structure, [jnp.asarray(stored[f"state/{i}"]) for i in range(len(leaves))])
+    return run, params, state
+
+
+class Stop:
+    """Turns the first interrupt into a request; a second one interrupts as usual."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+def train(model: Model, params: Params, packer: data.Packer, recipe: Recipe, args: argparse.Namespace) -> Params:
+    """Train until the budget is used up or an interrupt asks to stop; leaves a checkpoint either way."""
+    checkpoint = args.out / "checkpoint.npz"
+    optimiser = recipe.optimiser()
+    state = optimiser.init(params)
+    run = Run()
+    if args.resume:
+        run, params, state = load_checkpoint(checkpoint, state)
+
+    def total_loss(params: Params, arrays: Sequence[tuple[Array, Array]]) -> tuple[Array, tuple[Array, Array]]:
+        skills, text = (model.loss(params, *rows) for rows in arrays)
+        return recipe.skill_share * skills + (1 - recipe.skill_share) * text, (skills, text)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def update(
+        params: Params, state: optax.OptState, arrays: Sequence[tuple[Array, Array]], rate: Array
+    ) -> tuple[Params, optax.OptState, tuple[Array, Array]]:
+        grads, losses = jax.grad(total_loss, has_aux=True)(params, arrays)
+        updates, state = optimiser.update(grads, state, params)
+        return jax.tree.map(lambda p, u: p + rate * u, params, updates), state, losses
+
+    stop = Stop()
+    scorer = Scorer(model, packer.tokenizer)
+    budget = recipe.steps or round(recipe.minutes * 60)
+    bar = tqdm(
+        total=budget,
+        initial=min(budget, run.step if recipe.steps else int(run.seconds)),
+        unit="step" if recipe.steps else "s",
+        mininterval=1 if sys.stderr.isatty() else 20,
+        maxinterval=10 if sys.stderr.isatty() else 60,
+        bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit}, ETA {remaining}{postfix}",
+    )
+    last_save = last_check = run.seconds
+    while not stop.requested and (progress := run.progress(recipe)) < 1:
+        began = time.monotonic()
+        batch = recipe.batch(packer, run.step, progress)
+        rate = jnp.asarray(recipe.learning_rate(progress), jnp.float32)
+        params, state, (skills, text) = update(params, state, [(b.ids, b.weights) for b in batch], rate)
+        for name, value in (("skills", skills), ("text", text)):
+            run.losses[name] = 0.98 * run.losses.get(name, float(value)) + 0.02 * float(value)
+        tokens = sum(b.weights.size for b in batch)
+        seconds = time.monotonic() - began
+        run = replace(run, step=run.step + 1, tokens=run.tokens + tokens, seconds=run.seconds + seconds)
+        bar.set_postfix_str(
+            f"step {run.step}, loss {run.losses['skills']:.3f} skills {run.losses['text']:.3f} text, "
+            f"{tokens / seconds:.0f} tokens/s",
+            refresh=False,
+        )
+        bar.update(min(budget, run.step if recipe.steps else int(run.seconds)) - bar.n)
+        if run.seconds - last_save > 120:
+            last_save = run.seconds
+            save_checkpoint(checkpoint, run, params, state)
+        if run.seconds - last_check > args.check_every:
+            last_check = run.seconds
+            scores = {skill: scorer.exact_match(params, skill, 60, chat=False) for skill in data.SKILLS}
+            line = "  ".join(f"{skill} {score:.0%}" for skill, score in scores.items())
+            tqdm.write(f"[{run.seconds / 60:5.1f} min, step {run.step}] {line}", file=sys.stderr)
+    bar.close()
+    save_checkpoint(checkpoint, run, params, state)
+    if stop.requested:
+        print(f"stopped at {run.progress(recipe):.0%}; go on with --resume", file=sys.stderr)
+    return params
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores on held-out data."""
+
+    model: Model
+    tokenizer: Tokenizer
+
+    def exact_match(self, params: Params, skill: str, count: int, *, chat: bool, seed: int = 0) -> float:
+        """Share of unseen cases that greedy decoding answers exactly, up to the token that ends the answer.
+
+        One forward pass over question and right answer decides it: greedy decoding gives that answer if and
+        only if each of its tokens is the most likely one after those before it.
+        """
+        cases = data.held_out_cases(skill, count, seed)
+        pairs = [data.chat_form(c.wordings[0], c.answer) if chat else data.plain_form(c) for c in cases]
+        encoded = self.tokenizer.encode_batch([s.text for pair in pairs for s in pair], add_special_tokens=False)
+        ids = np.zeros((count, 96), np.int32)
+        answer = np.zeros((count, 96), bool)
+        for row, (question, reply) in enumerate(zip(encoded[::2], encoded[1::2], strict=True)):
+            n, m = len(question.ids), len(question.ids) + len(reply.ids)
+            ids[row, :m], answer[row, n:m] = question.ids + reply.ids, True
+        right = 0
+        for at in range(0, count, 60):
+            chosen = np.asarray(self._greedy(params, jnp.asarray(ids[at : at + 60])))
+            matches = (chosen[:, :-1] == ids[at : at + 60, 1:]) | ~answer[at : at + 60, 1:]
+            right += int(matches.all(axis=1).sum())
+        return right / count
+
+    def text_loss(self, params: Params, packer: data.Packer, rows: int = 48) -> float:
+        """Mean loss per token of held-out text, in nats."""
+        batch = packer.text_rows(random.Random("held-out text"), rows, 256)
+        losses = [
+            float(self._loss(params, jnp.asarray(batch.ids[i : i + 8]), jnp.asarray(batch.weights[i : i + 8])))
+            for i in range(0, rows, 8)
+        ]
+        return float(np.mean(losses))
+
+    def complete(self, params: Params, prompt: str, max_tokens: int = 40) -> str:
+        """Greedy continuation."""
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        start = len(ids)
+        while len(ids) < min(start + max_tokens, 128) and ids[-1] not in self.model.config.eos_token_ids:
+            padded = jnp.asarray([ids + [0] * (128 - len(ids))], jnp.int32)
+            ids.append(int(self._greedy(params, padded)[0, len(ids) - 1]))
+        return self.tokenizer.decode(ids[start:])
+
+    def _greedy(self, params: Params, ids: Array) -> Array:
+        return _greedy(self.model, params, ids)
+
+    def _loss(self, params: Params, ids: Array, weights: Array) -> Array:
+        return _loss(self.model, params, ids, weights)
