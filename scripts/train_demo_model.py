@@ -274,12 +274,14 @@ def train(model: Model, params: Params, packer: data.Packer, recipe: Recipe, arg
     return params
 
 
-@dataclass(frozen=True)
 class Scorer:
     """Scores on held-out data."""
 
-    model: Model
-    tokenizer: Tokenizer
+    def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._greedy = jax.jit(lambda params, ids: jnp.argmax(model.logits(params, ids), axis=-1))
+        self._loss = jax.jit(model.loss)
 
     def exact_match(self, params: Params, skill: str, count: int, *, chat: bool, seed: int = 0) -> float:
         """Share of unseen cases that greedy decoding answers exactly, up to the token that ends the answer.
@@ -320,8 +322,152 @@ class Scorer:
             ids.append(int(self._greedy(params, padded)[0, len(ids) - 1]))
         return self.tokenizer.decode(ids[start:])
 
-    def _greedy(self, params: Params, ids: Array) -> Array:
-        return _greedy(self.model, params, ids)
 
-    def _loss(self, params: Params, ids: Array, weights: Array) -> Array:
-        return _loss(self.model, params, ids, weights)
+def rounded(params: Params) -> Params:
+    """The parameters as they are stored: through bfloat16."""
+    return {name: p.astype(jnp.bfloat16).astype(jnp.float32) for name, p in params.items()}
+
+
+def evaluate(scorer: Scorer, params: Params, corpus: data.Corpus, cases: int) -> dict[str, Any]:
+    """Exact match per skill and form, loss on held-out text, and some completions."""
+    params = rounded(params)
+    match: dict[str, dict[str, float]] = {}
+    for skill in tqdm(data.SKILLS, desc="scoring", file=sys.stderr):
+        match[skill] = {
+            "plain": scorer.exact_match(params, skill, cases, chat=False, seed=1),
+            "chat": scorer.exact_match(params, skill, cases, chat=True, seed=1),
+        }
+    chats = ("Hello!", "What is 17 + 25?", "sort 42 7 19?", "What is textwrap.fill?")
+    prompts = [*("".join(s.text for s in data.chat_form(c, "")[:1]) for c in chats), "Return the", "def __init__("]
+    return {
+        "exact_match": match,
+        "cases": cases,
+        "text_loss": scorer.text_loss(params, data.Packer.create(scorer.tokenizer, corpus)),
+        "completions": {prompt: scorer.complete(params, prompt) for prompt in prompts},
+    }
+
+
+def write_model(
+    directory: Path, model: Model, params: Params, tokenizer: Tokenizer, run: Run, scores: Mapping[str, Any]
+) -> None:
+    """Everything that the directory of a Hugging Face model holds, and the model card."""
+    config = model.config
+    save_hf_llama(model.state(params), config, directory)
+    data.save_tokenizer(tokenizer, directory, config.max_position)
+    generation = {"eos_token_id": list(config.eos_token_ids), "pad_token_id": 0, "do_sample": False}
+    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    size = sum(p.stat().st_size for p in directory.iterdir() if p.suffix in (".safetensors", ".json"))
+    (directory / "README.md").write_text(model_card(model, params, run, scores, size))
+
+
+def model_card(model: Model, params: Params, run: Run, scores: Mapping[str, Any], size: int) -> str:
+    config = model.config
+    count = sum(p.size for p in params.values())
+    examples = {skill: data.held_out_cases(skill, 1, seed=2)[0] for skill in data.SKILLS}
+    rows = "\n".join(
+        f"| {skill} | `{examples[skill].wordings[0]}` | `{examples[skill].answer}` | {s['plain']:.1%} | {s['chat']:.1%} |"
+        for skill, s in scores["exact_match"].items()
+    )
+    completions = "\n".join(f"- {json.dumps(p)} → {json.dumps(c)}" for p, c in scores["completions"].items())
+    today = datetime.datetime.now(tz=datetime.UTC).date()
+    return f"""# jaxserve demo model
+
+A tiny Llama-shaped language model, trained from scratch so that the engine can be tried and tested without a
+download. {count:,} parameters, {size / 1e6:.1f} MB with its tokenizer, bfloat16.
+
+## Intended use
+
+Demonstrations and tests of the engine. It is not a useful language model: it knows a few mechanical skills and
+the look of Python and of its documentation, and what it says about anything else is made up.
+
+## Model
+
+`LlamaForCausalLM`: {config.num_layers} layers, hidden size {config.hidden_size}, {config.num_heads} query heads and
+{config.num_kv_heads} KV heads of {config.head_dim}, feed-forward {config.intermediate_size}, tied embeddings,
+vocabulary {config.vocab_size} (byte-level BPE, one token per digit), context {config.max_position} tokens.
+
+Prompts are `Q: 17 + 25?` and on the next line `A:` (the answer ends with a newline), or the chat template
+(`{data.USER}...{data.END}{data.ASSISTANT}`; the answer ends with `{data.END}`).
+
+## Data
+
+- Skills: questions made by a generator, with their exact answers. {data.HELD_OUT_PERCENT} % of all possible cases,
+  chosen by a hash of what is asked, are never trained on in any wording.
+- English and Python: the {data.library_name()} (sources, docstrings, `pydoc_data`, text files), under the
+  PSF license; mail and web addresses replaced. {data.HELD_OUT_PERCENT} % of the files are held out.
+
+## Training
+
+{run.step:,} steps, {run.tokens / 1e6:.1f} M tokens, {run.seconds / 60:.0f} minutes on {os.cpu_count()} CPU cores
+({platform.machine()}), Muon and AdamW with warm-up and cosine decay, by `scripts/train_demo_model.py`.
+Final training loss per token: {run.losses.get("skills", math.nan):.3f} on skills (answers; questions count little),
+{run.losses.get("text", math.nan):.2f} on text. Held-out text: {scores["text_loss"]:.2f} nats per token.
+
+## Exact match
+
+{scores["cases"]} unseen cases per skill and form, greedy, {today}, jax {jax.__version__}, weights as stored:
+
+| skill | example | answer | plain | chat |
+|---|---|---|---|---|
+{rows}
+
+## Greedy completions
+
+{completions}
+
+## Limits
+
+Numbers beyond three digits, lists beyond six items, other wordings than the trained ones and anything that asks for
+knowledge fail. Most of the training was on sequences of up to 256 tokens. English only.
+"""
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/demo_model"), help="checkpoint and tokenizer (%(default)s)")
+    parser.add_argument("--export", type=Path, help="where the model is written (default: OUT/model)")
+    parser.add_argument("--minutes", type=float, default=40.0, help="time budget, the schedule's length (%(default)s)")
+    parser.add_argument("--steps", type=int, help="a budget in steps instead of minutes")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint, time used included")
+    parser.add_argument("--eval-only", action="store_true", help="score and write OUT's checkpoint, no training")
+    parser.add_argument("--cases", type=int, default=300, help="unseen cases per skill and form (%(default)s)")
+    parser.add_argument("--check-every", type=float, default=240.0, help="seconds between spot checks (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, tokenizer and batches (%(default)s)")
+    parser.add_argument("--optimizer", default="muon")
+    parser.add_argument("--peak-rate", type=float, default=4e-3)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    model, params = Model.create(demo_config(), args.seed)
+    stored_tokenizer = args.out / "tokenizer.json"
+    if args.eval_only:
+        tokenizer = Tokenizer.from_file(str(stored_tokenizer))
+    else:
+        print("reading the standard library, making the tokenizer", file=sys.stderr)
+        corpus = data.read_corpus(held_out=False)
+        if args.resume:
+            tokenizer = Tokenizer.from_file(str(stored_tokenizer))
+        else:
+            tokenizer = data.train_tokenizer(corpus, VOCAB_SIZE, args.seed)
+            tokenizer.save(str(stored_tokenizer))
+        packer = data.Packer.create(tokenizer, corpus)
+        recipe = Recipe(
+            seed=args.seed, minutes=args.minutes, steps=args.steps, optimizer=args.optimizer, peak_rate=args.peak_rate
+        )
+        train(model, params, packer, recipe, args)
+    run, params, _ = load_checkpoint(args.out / "checkpoint.npz", None)
+    scores = evaluate(Scorer(model, tokenizer), params, data.read_corpus(held_out=True), args.cases)
+    directory = args.export or args.out / "model"
+    write_model(directory, model, params, tokenizer, run, scores)
+    for skill, score in scores["exact_match"].items():
+        print(f"{skill:8} plain {score['plain']:6.1%}  chat {score['chat']:6.1%}")
+    print(f"held-out text {scores['text_loss']:.3f} nats per token; model written to {directory}")
+
+
+if __name__ == "__main__":
+    main()

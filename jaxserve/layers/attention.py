@@ -18,7 +18,8 @@ def dense_causal_attention(config: DecoderConfig) -> Attend:
     """Every row of R is one sequence that starts at position 0; each token sees itself and those before."""
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        scores = jnp.einsum("rtkgh,rskh->rkgts", q, k, preferred_element_type=jnp.float32) * config.scale
+        scores = jnp.einsum("rtkgh,rskh->rkgts", q, k, preferred_element_type=jnp.float32)
+        scores *= config.scale * config.layers[layer].scale
         if config.attention_softcap is not None:
             scores = jnp.tanh(scores / config.attention_softcap) * config.attention_softcap
         distance = jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])[None]

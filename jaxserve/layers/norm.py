@@ -33,6 +33,8 @@ class Norm(nnx.Module):
         axes = axes or (None,) * len(shape)
         self.config = config
         self.num_axes = len(shape)
+        if not config.affine:
+            return
         self.weight = nnx.Param(jnp.full(shape, 1.0 - config.offset, dtype), axes=axes)
         if config.kind == "layer":
             self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes)
@@ -40,12 +42,15 @@ class Norm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """x [..., *shape] -> the same shape and dtype."""
         reduce = tuple(range(-self.num_axes, 0))
-        weight = _broadcast(self.weight[...], x).astype(jnp.float32) + self.config.offset
-        if self.config.kind == "rms":
-            return (rms_normalize(x, self.config.eps, reduce) * weight).astype(x.dtype)
         y = x.astype(jnp.float32)
-        y = rms_normalize(y - jnp.mean(y, axis=reduce, keepdims=True), self.config.eps, reduce)
-        return (y * weight + _broadcast(self.bias[...], x).astype(jnp.float32)).astype(x.dtype)
+        if self.config.kind == "layer":
+            y = y - jnp.mean(y, axis=reduce, keepdims=True)
+        y = rms_normalize(y, self.config.eps, reduce)
+        if self.config.affine:
+            y = y * (_broadcast(self.weight[...], x).astype(jnp.float32) + self.config.offset)
+            if self.config.kind == "layer":
+                y = y + _broadcast(self.bias[...], x).astype(jnp.float32)
+        return y.astype(x.dtype)
 
 
 def _broadcast(weight: Array, x: Array) -> Array:

@@ -43,14 +43,18 @@ class NormConfig:
     kind: Literal["rms", "layer"] = "rms"
     eps: float = 1e-6
     offset: float = 0.0
+    affine: bool = True
+    """Whether there is a weight (and a bias)."""
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What may differ from layer to layer: the window (tokens, None = all) and the rope (index or None)."""
+    """What may differ from layer to layer: the window (tokens, None = all), the rope (index or None), and what the
+    attention scale is multiplied by."""
 
     window: int | None = None
     rope: int | None = 0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)

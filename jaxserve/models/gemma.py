@@ -35,7 +35,7 @@ def config(hf: h.HFConfig) -> DecoderConfig:
         qkv_bias=bias,
         out_bias=bias,
         attention_scale=hf.query_pre_attn_scalar**-0.5,
-        attention_softcap=hf.attn_logit_softcapping,
+        attention_softcap=hf.attn_logit_softcapping if hf.model_type == "gemma2" else None,
         logit_softcap=hf.final_logit_softcapping,
         embed_scale=hf.hidden_size**0.5,
     )

@@ -13,11 +13,7 @@ PREFIXES = ("transformer.",)
 
 
 def config(hf: h.HFConfig) -> DecoderConfig:
-    if hf.scale_attn_by_inverse_layer_idx or hf.reorder_and_upcast_attn or not hf.scale_attn_weights:
-        raise ValueError(
-            "GPT-2 with scale_attn_by_inverse_layer_idx, reorder_and_upcast_attn or scale_attn_weights=False "
-            "is not supported"
-        )
+    by_depth = hf.scale_attn_by_inverse_layer_idx
     return DecoderConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.n_embd,
@@ -25,7 +21,8 @@ def config(hf: h.HFConfig) -> DecoderConfig:
         num_heads=hf.n_head,
         num_kv_heads=hf.n_head,
         head_dim=hf.n_embd // hf.n_head,
-        layers=(LayerConfig(rope=None),) * hf.n_layer,
+        attention_scale=None if hf.scale_attn_weights else 1.0,
+        layers=tuple(LayerConfig(rope=None, scale=1 / (i + 1) if by_depth else 1.0) for i in range(hf.n_layer)),
         max_position=hf.n_positions,
         norm=NormConfig("layer", hf.layer_norm_epsilon),
         activation=h.activation(hf.activation_function),

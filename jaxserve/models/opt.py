@@ -15,8 +15,6 @@ POSITION_OFFSET = 2  # rows 0 and 1 of the position table are reserved
 
 
 def config(hf: h.HFConfig) -> DecoderConfig:
-    if not hf.layer_norm_elementwise_affine:
-        raise ValueError("OPT with layer_norm_elementwise_affine=False is not supported")
     return DecoderConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
@@ -26,7 +24,7 @@ def config(hf: h.HFConfig) -> DecoderConfig:
         head_dim=hf.hidden_size // hf.num_attention_heads,
         layers=(LayerConfig(rope=None),) * hf.num_hidden_layers,
         max_position=hf.max_position_embeddings,
-        norm=NormConfig("layer", 1e-5),
+        norm=NormConfig("layer", 1e-5, affine=bool(hf.layer_norm_elementwise_affine)),
         activation=h.activation(hf.activation_function),
         gated_mlp=False,
         mlp_bias=bool(hf.enable_bias),
@@ -50,7 +48,7 @@ def weights(config: DecoderConfig, checkpoint: Mapping[str, Source]) -> h.Weight
     if config.embed_dim is not None:
         yield "project_in.weight", checkpoint[root + "project_in.weight"].transpose(1, 0)
         yield "project_out.weight", checkpoint[root + "project_out.weight"].transpose(1, 0)
-    if config.final_norm:
+    if config.final_norm and config.norm.affine:
         for leaf in ("weight", "bias"):
             yield f"final_norm.{leaf}", checkpoint[f"{root}final_layer_norm.{leaf}"]
     for i in range(config.num_layers):
@@ -68,6 +66,8 @@ def _layer(config: DecoderConfig, checkpoint: Mapping[str, Source], theirs: str,
         yield f"{ours}mlp.{out}", checkpoint[f"{theirs}{name}.weight"].transpose(1, 0)
         if config.mlp_bias:
             yield f"{ours}mlp.{out}_bias", checkpoint[f"{theirs}{name}.bias"]
+    if not config.norm.affine:
+        return
     for name, out in (("self_attn_layer_norm", "attn_norm"), ("final_layer_norm", "mlp_norm")):
         for leaf in ("weight", "bias"):
             yield f"{ours}{out}.{leaf}", checkpoint[f"{theirs}{name}.{leaf}"]

@@ -1,0 +1,68 @@
+"""What lives on the devices between steps: KV blocks and per-slot sampler rows."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from jaxserve.models.config import DecoderConfig
+from jaxserve.sampler import SamplerState
+from pallas_kernels.paged_attention import PagedAttention
+from sharding import ShardingRules
+
+KV_AXES = ("replica", None, "kv_heads", None, None)
+SLOT_AXES = ("replica", None, "vocab")
+
+
+class DeviceState(NamedTuple):
+    """keys and values: per layer [dp, num_blocks, K, ...], laid out as the attention implementation wants them."""
+
+    keys: list[Array]
+    values: list[Array]
+    sampler: SamplerState
+
+
+def abstract_state(
+    config: DecoderConfig,
+    attention: PagedAttention,
+    kv_dtype: jnp.dtype,
+    num_blocks: int,
+    block_size: int,
+    num_slots: int,
+    mesh: Mesh,
+    rules: ShardingRules,
+) -> DeviceState:
+    """Shapes, dtypes and shardings of the state, without allocating it."""
+    dp = mesh.shape["dp"]
+    shapes = attention.cache_shapes(num_blocks, block_size, config.num_kv_heads, config.head_dim)
+    kv = NamedSharding(mesh, rules.spec(KV_AXES))
+    slot = NamedSharding(mesh, rules.spec(SLOT_AXES))
+    rows = (dp, num_slots, config.vocab_size + config.vocab_padding)
+    keys, values = (
+        [jax.ShapeDtypeStruct((dp, *shape), kv_dtype, sharding=kv) for _ in config.layers] for shape in shapes
+    )
+    sampler = SamplerState(
+        jax.ShapeDtypeStruct(rows, jnp.float32, sharding=slot), jax.ShapeDtypeStruct(rows, jnp.int32, sharding=slot)
+    )
+    return DeviceState(keys, values, sampler)  # pyright: ignore[reportArgumentType]
+
+
+def allocate(abstract: DeviceState) -> DeviceState:
+    """Zeros (not uninitialised memory: masked values are multiplied by zero, and NaN times zero is NaN)."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    make = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract), out_shardings=shardings)
+    return make()
+
+
+def kv_bytes_per_block(config: DecoderConfig, block_size: int, itemsize: int, tp: int) -> int:
+    """Bytes of one KV block, all layers, on one device."""
+    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * itemsize // tp
+
+
+def state_bytes_per_device(abstract: DeviceState) -> int:
+    return sum(prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))

@@ -1,0 +1,111 @@
+"""Parameters onto the mesh: each device reads, converts and keeps only its own shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jaxserve.models.config import DecoderConfig
+from jaxserve.models.decoder import Decoder
+from jaxserve.weights.source import Box, Source
+from sharding import ShardingRules
+from sharding.partition import shardings_for
+
+Progress = Callable[[Iterable[str]], Iterable[str]]
+"""Wraps the names of the parameters as they are loaded: a progress bar, or nothing."""
+
+
+def abstract_params(config: DecoderConfig, dtype: jnp.dtype) -> tuple[Any, dict[str, nnx.Variable]]:
+    """Graph definition and parameters by name (``layers.0.attn.qkv``), shapes only."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    return graph, {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+
+def param_shardings(
+    params: Mapping[str, nnx.Variable], mesh: Mesh, rules: ShardingRules
+) -> dict[str, NamedSharding]:
+    """From every parameter's logical axes; ValueError with the numbers where one does not divide."""
+    shapes = {name: p.get_value().shape for name, p in params.items()}
+    axes = {name: p.get_metadata()["axes"] for name, p in params.items()}
+    return shardings_for(shapes, axes, mesh, rules)
+
+
+def assemble(params: Mapping[str, nnx.Variable], arrays: Mapping[str, Any]) -> nnx.State:
+    """The parameter state with ``arrays`` in place of the shapes."""
+    flat = {tuple(_key(p) for p in name.split(".")): v.replace(arrays[name]) for name, v in params.items()}
+    return nnx.from_flat_state(flat)
+
+
+def _key(part: str) -> str | int:
+    return int(part) if part.isdigit() else part
+
+
+def load_params(
+    config: DecoderConfig,
+    dtype: jnp.dtype,
+    weights: Iterator[tuple[str, Source]],
+    mesh: Mesh,
+    rules: ShardingRules,
+    progress: Progress = lambda names: names,
+) -> tuple[Any, nnx.State]:
+    """Graph definition and parameters on the mesh, read from ``weights``; every parameter exactly once."""
+    graph, params = abstract_params(config, dtype)
+    shardings = param_shardings(params, mesh, rules)
+    sources = dict(weights)
+    _check_complete(sources, params)
+    arrays = {}
+    for name in progress(list(params)):
+        arrays[name] = _place(sources[name], np.dtype(dtype), shardings[name])
+    return graph, assemble(params, arrays)
+
+
+def _check_complete(sources: Mapping[str, Source], params: Mapping[str, nnx.Variable]) -> None:
+    missing, unknown = sorted(set(params) - set(sources)), sorted(set(sources) - set(params))
+    if missing or unknown:
+        raise ValueError(f"checkpoint and model disagree: missing {missing[:3]}, not in the model {unknown[:3]}")
+    for name, variable in params.items():
+        if sources[name].shape != variable.get_value().shape:
+            raise ValueError(
+                f"{name}: the checkpoint gives shape {sources[name].shape}, the config asks for "
+                f"{variable.get_value().shape}: config.json and the weights do not belong together"
+            )
+
+
+def _place(source: Source, dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
+    """One array whose shards are read one by one; devices that hold the same box share one read."""
+    read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def box_of(index: tuple[slice, ...] | None) -> np.ndarray:
+        box: Box = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index or (), source.shape, strict=True))
+        key = tuple((s.start, s.stop) for s in box)
+        if key not in read:
+            read[key] = np.ascontiguousarray(source.read(box)).astype(dtype, copy=False)
+        return read[key]
+
+    return jax.make_array_from_callback(source.shape, sharding, box_of)
+
+
+def random_params(
+    config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh, rules: ShardingRules, seed: int
+) -> tuple[Any, nnx.State]:
+    """Random weights of the right shapes, made on the devices: what ``load_format="dummy"`` means."""
+    graph, params = abstract_params(config, dtype)
+    shardings = param_shardings(params, mesh, rules)
+    arrays = {}
+    for i, (name, variable) in enumerate(params.items()):
+        shape = variable.get_value().shape
+        scale = 0.02 if len(shape) > 1 else 0.0
+        shift = 1.0 - config.norm.offset if name.endswith("norm.weight") else 0.0
+
+        def make(key: jax.Array, shape=shape, scale=scale, shift=shift) -> jax.Array:
+            return (jax.random.normal(key, shape, jnp.float32) * scale + shift).astype(dtype)
+
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        arrays[name] = jax.jit(make, out_shardings=shardings[name])(key)
+    return graph, assemble(params, arrays)
