@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from jaxserve.logit_edits import edits_logits, has_penalties
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduled, SchedulerOutput
 
@@ -72,8 +73,8 @@ class Features:
         return cls(
             sampling=sampling,
             truncation=sampling and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0),
-            penalties=params.has_penalties,
-            logit_bias=params.edits_logits,
+            penalties=has_penalties(params),
+            logit_bias=edits_logits(params),
         )
 
     def as_array(self) -> np.ndarray:

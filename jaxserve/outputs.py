@@ -14,7 +14,7 @@ class Logprob:
     """How likely one token was at one position."""
 
     logprob: float
-    """Natural log of the probability: log-softmax of the raw logits, before temperature, penalties and filters."""
+    """Natural log of its probability: log-softmax of the raw logits, before penalties and temperature."""
     rank: int
     """1 = the most likely token at this position."""
     decoded_token: str | None = None

@@ -31,6 +31,7 @@ class Request:
     stop_token_ids: frozenset[int]
     """Token ids that end the request, EOS included unless it is to be ignored."""
     max_tokens: int
+    metrics: RequestMetrics
     arrival: int = 0
     """Order of arrival."""
     output_token_ids: list[int] = field(default_factory=list)
@@ -41,7 +42,6 @@ class Request:
     """Row of the device's per-sequence state while the request runs."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxserve.logit_edits import IN_PROMPT
+
 
 class SamplerState(NamedTuple):
     """Per sequence slot: bias float32 [dp, slots, V], added to logits; counts int32 [dp, slots, V], how often each
@@ -25,7 +27,7 @@ class SamplerState(NamedTuple):
     counts: Array
 
 
-IN_PROMPT = 1 << 30
+
 
 
 class SamplingRows(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from numbers import Integral, Real
@@ -31,9 +31,9 @@ class RequestOutputKind(Enum):
 class SamplingParams:
     """How to sample one request. Every value is validated and normalised when the object is made.
 
-    Wrong types raise ``TypeError``, wrong values ``ValueError``, unsupported features ``NotImplementedError`` or
-    ``ValueError``; each message names the parameter, the value seen and what is allowed. The constructor accepts more
-    types than the fields hold: lists become tuples, a single ``stop`` string a tuple of one.
+    A wrong type or value raises ``ValueError``, ``structured_outputs`` ``NotImplementedError``; each message
+    names the parameter, the value seen and what is allowed. The constructor accepts more types than the
+    fields hold: lists become tuples, a single ``stop`` string a tuple of one.
     """
 
     n: int
@@ -65,7 +65,7 @@ class SamplingParams:
     min_tokens: int
     """Tokens to generate before EOS, a stop token or a stop string may end the request; <= ``max_tokens``."""
     logprobs: int | None
-    """Most likely tokens to report per generated token, besides the sampled one; -1 = the whole vocabulary."""
+    """Most likely tokens to report per generated token, besides the sampled one; -1 = all tokens."""
     prompt_logprobs: int | None
     """The same for every prompt token."""
     detokenize: bool
@@ -81,7 +81,7 @@ class SamplingParams:
     structured_outputs: None
     """Not supported: must be None."""
     logit_bias: tuple[tuple[int, float], ...]
-    """(token id, value added to its logit) pairs; values in [-100, 100]. Given as a mapping, keys may be digits."""
+    """(token id, value in [-100, 100] added to its logit) pairs. Given as a dict, keys may be digits."""
     allowed_token_ids: tuple[int, ...] | None
     """The only tokens that may be sampled; None = all."""
     bad_words: tuple[str, ...]
@@ -139,11 +139,11 @@ class SamplingParams:
         return self.temperature == 0.0
 
     def all_stop_token_ids(self, eos_ids: Iterable[int]) -> tuple[int, ...]:
-        """The token ids that end this request, sorted: ``stop_token_ids``, and ``eos_ids`` unless ``ignore_eos``."""
+        """The token ids that end this request, sorted; ``eos_ids`` are among them unless ``ignore_eos``."""
         return tuple(sorted({*self.stop_token_ids, *(() if self.ignore_eos else eos_ids)}))
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise ``ValueError`` if a parameter asks for a token that a vocabulary of ``vocab_size`` does not have."""
+        """Raise ``ValueError`` if a parameter asks for tokens that a vocabulary of this size lacks."""
         named_ids = {
             "stop_token_ids": self.stop_token_ids,
             "logit_bias": tuple(token_id for token_id, _ in self.logit_bias),
@@ -156,7 +156,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             if count is not None and count > vocab_size:
-                raise ValueError(f"{name} is {count}; this model's vocabulary has {vocab_size} tokens (-1 = all)")
+                raise ValueError(f"{name} is {count}; it must be <= {vocab_size}, the vocabulary (-1 = all)")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -204,10 +204,10 @@ class SamplingParams:
         ):
             value = getattr(self, name)
             if not isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}; it must be True or False")
+                raise ValueError(f"{name} is {value!r}; it must be True or False")
         if not isinstance(self.output_kind, RequestOutputKind):
             allowed = ", ".join(str(kind) for kind in RequestOutputKind)
-            raise TypeError(f"output_kind is {self.output_kind!r}; it must be one of {allowed}")
+            raise ValueError(f"output_kind is {self.output_kind!r}; it must be one of {allowed}")
 
     def _check_strings(self) -> None:
         self._set("stop", _strings("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
@@ -223,13 +223,15 @@ class SamplingParams:
             if not self.allowed_token_ids:
                 raise ValueError("allowed_token_ids is empty; it must have at least one token id, or be None")
 
-    def _number(self, name: str, allowed: str, is_allowed) -> None:
+    def _number(self, name: str, allowed: str, is_allowed: Callable[[float], bool]) -> None:
         value = _real(name, getattr(self, name), f"a number {allowed}")
         if not math.isfinite(value) or not is_allowed(value):
             raise ValueError(f"{name} is {value}; it must be {allowed}")
         self._set(name, value)
 
-    def _integer(self, name: str, allowed: str, *, minimum: int | None = None, optional: bool = False) -> None:
+    def _integer(
+        self, name: str, allowed: str, *, minimum: int | None = None, optional: bool = False
+    ) -> None:
         value = getattr(self, name)
         if value is None and optional:
             return
@@ -242,13 +244,13 @@ class SamplingParams:
 def _int(name: str, value: object, allowed: str) -> int:
     # Integral also admits numpy integers; a bool is Integral too, but never what was meant.
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} is {value!r}; it must be {allowed}")
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
     return int(value)
 
 
 def _real(name: str, value: object, allowed: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is {value!r}; it must be {allowed}")
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
     return float(value)
 
 
@@ -256,7 +258,7 @@ def _items(name: str, values: object, allowed: str) -> list[Any]:
     if values is None:
         return []
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} is {values!r}; it must be {allowed}")
+        raise ValueError(f"{name} is {values!r}; it must be {allowed}")
     return list(values)
 
 
@@ -265,7 +267,7 @@ def _strings(name: str, values: object) -> tuple[str, ...]:
     items = _items(name, values, allowed)
     for item in items:
         if not isinstance(item, str):
-            raise TypeError(f"{name} contains {item!r}; it must be {allowed}")
+            raise ValueError(f"{name} contains {item!r}; it must be {allowed}")
         if not item:
             raise ValueError(f"{name} contains an empty string; it must be {allowed}")
     return tuple(items)
@@ -284,12 +286,13 @@ def _token_ids(name: str, values: object) -> tuple[int, ...]:
 
 
 def _bias_pairs(bias: object) -> tuple[tuple[int, float], ...]:
-    # Pairs, not a dict: the object stays hashable and can be pickled; and pairs are accepted back by ``replace``.
-    pairs = bias.items() if isinstance(bias, Mapping) else _items("logit_bias", bias, "a dict of token id to bias")
+    # Pairs, not a dict, so that the object can be hashed and pickled; ``replace`` hands them back to us.
+    allowed = "a dict of token id to bias"
+    pairs = bias.items() if isinstance(bias, Mapping) else _items("logit_bias", bias, allowed)
     normalised: dict[int, float] = {}
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise TypeError(f"logit_bias contains {pair!r}; it must be a dict of token id to bias")
+            raise ValueError(f"logit_bias contains {pair!r}; it must be {allowed}")
         token_id, value = _bias_pair(*pair)
         if token_id in normalised:
             raise ValueError(f"logit_bias has token id {token_id} twice; each may appear once")

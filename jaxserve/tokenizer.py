@@ -16,7 +16,7 @@ REPLACEMENT = "\ufffd"
 """What decoders show for bytes that are not (yet) a UTF-8 character."""
 
 _UTF8_BYTES = 4
-"""A character has at most so many bytes, hence tokens: bytes that stay broken for longer will never be whole."""
+"""A character has at most so many bytes, hence tokens: bytes broken for longer will never be whole."""
 
 _PROMPT_WINDOW = 8
 """Prompt tokens kept as left context of the first output token."""
@@ -28,7 +28,7 @@ _LONGEST_WINDOW = 64
 def load_tokenizer(
     path_or_name: str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> Tokenizer:
-    """The fast tokenizer of a local checkpoint folder or a hub model; ``revision`` selects a version of the latter.
+    """The fast tokenizer of a local checkpoint folder or of a hub model, the latter at ``revision``.
 
     Raises ``ValueError`` with one line that names ``path_or_name`` when there is none, or only a slow one.
     """
@@ -37,13 +37,15 @@ def load_tokenizer(
         raise ValueError(f"no tokenizer at {name!r}: no such file or folder")
     with _no_torch_advice():
         from transformers import AutoTokenizer
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # what it raises depends on the hub, the file formats and the tokenizer's own code
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # what it raises depends on the hub, the file format, the tokenizer's own code
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load a tokenizer from {name!r}: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"the tokenizer of {name!r} is a {type(tokenizer).__name__}; only fast tokenizers work")
+        kind = type(tokenizer).__name__
+        raise ValueError(f"the tokenizer of {name!r} is a {kind}; it must be a fast tokenizer")
     return tokenizer
 
 
@@ -53,7 +55,7 @@ def _looks_like_path(name: str) -> bool:
 
 @contextmanager
 def _no_torch_advice() -> Iterator[None]:
-    """Keep transformers from announcing, when first imported, that models need PyTorch: only tokenizers are used."""
+    """Keep transformers from asking for PyTorch when it is first imported: only its tokenizers are needed."""
 
     def is_news(record: logging.LogRecord) -> bool:
         return "PyTorch was not found" not in record.getMessage()
@@ -67,21 +69,23 @@ def _no_torch_advice() -> Iterator[None]:
 
 
 class IncrementalDetokenizer:
-    """Turns output tokens into text as they come; the pieces, joined, are the text that continues the prompt's.
+    """Turns output tokens into text as they come; the pieces, joined, are what continues the prompt's text.
 
-    Only a short window of tokens is decoded per step: the tokens that completed the latest piece, for the context that
-    decoders look at (a leading space, a run of byte tokens), and the ones since. Text is given out once no later token
-    can change it: an unfinished UTF-8 character, which decodes to U+FFFD, waits for its remaining bytes.
+    Only a short window of tokens is decoded per step: the tokens that completed the latest piece, for the
+    context that decoders look at (a leading space, a run of byte tokens), and the ones since. Text is given
+    out once no later token can change it: an unfinished UTF-8 character, which decodes to U+FFFD, waits for
+    its other bytes.
 
-    Why not ``tokenizers.decoders.DecodeStream``: it decodes the whole prompt to start with, cannot be flushed, and
-    raises from then on once a byte token turns out not to continue the character that an earlier one began.
+    Why not ``tokenizers.decoders.DecodeStream``: it cannot be flushed, and once a byte token turns out not to
+    continue the character that an earlier one began, it raises at every further step.
 
-    When the output itself is broken UTF-8 (a model may sample anything), byte-level decoders still give exactly the
-    text of decoding all at once. Byte-fallback decoders turn a whole run of byte tokens into U+FFFD if any part of it
-    is wrong; here the characters before the wrong part have already been given out, and stay.
+    When the output itself is broken UTF-8 (a model may sample anything), byte-level decoders still give
+    exactly the text of decoding all at once. Byte-fallback decoders turn a whole run of byte tokens into
+    U+FFFD if any part of it is wrong; here the characters before the wrong part have already been given out,
+    and stay.
 
-    Spaces are as the tokenizer puts them: ``clean_up_tokenization_spaces``, which needs the whole text, is not applied.
-    ``spaces_between_special_tokens=False`` takes away the ones that the decoder puts between adjacent added tokens.
+    Spaces are as the decoder puts them: ``clean_up_tokenization_spaces``, which needs the whole text, is not
+    applied. ``spaces_between_special_tokens=False`` takes away those it puts between adjacent added tokens.
     """
 
     def __init__(
@@ -121,8 +125,8 @@ class IncrementalDetokenizer:
         return self._backend.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
 
     def _is_visible(self, token_id: int) -> bool:
-        """Whether decoding shows the token at all; invisible ones would only push the context out of the window."""
-        if self._backend.id_to_token(token_id) is None:  # a model's vocabulary may be padded past the tokenizer's
+        """Whether decoding shows the token at all; others would only push the context out of the window."""
+        if self._backend.id_to_token(token_id) is None:  # padding of the model's vocabulary
             return False
         if not self._skip_special_tokens or self._decode([token_id]):
             return True
@@ -149,11 +153,13 @@ class IncrementalDetokenizer:
         self._text = self._decode(self._window)
         may_be_whole_later = len(self._window) - self._settled <= _UTF8_BYTES
         if not self._text.startswith(self._shown):
-            # A byte-fallback decoder took back characters already shown, because bytes after them are not whole.
+            # A byte-fallback decoder took back what was shown, because the bytes after it are not whole yet.
             if may_be_whole_later and self._text.endswith(REPLACEMENT):
                 return ""
             self._drop_settled()
-        certain = self._text.rstrip(REPLACEMENT) if may_be_whole_later else self._text.removesuffix(REPLACEMENT)
+        # Of bytes broken for good only the last may still belong to a character, one that begins with it.
+        hold_back = str.rstrip if may_be_whole_later else str.removesuffix
+        certain = hold_back(self._text, REPLACEMENT)
         delta = certain[len(self._shown) :]
         self._shown += delta
         if len(certain) == len(self._text):
@@ -173,7 +179,7 @@ class IncrementalDetokenizer:
         start = min(self._settled, len(self._window) - 1)
         text = self._decode(self._window[start:])
         while not text and start > max(0, len(self._window) - _PROMPT_WINDOW):
-            start -= 1  # a leading space that the decoder strips is no context: it would strip the next one, too
+            start -= 1  # a space that the decoder strips is no context: it would strip the next one, too
             text = self._decode(self._window[start:])
         self._window = self._window[start:]
         self._text = self._shown = text
@@ -181,15 +187,15 @@ class IncrementalDetokenizer:
         self._settled_chars = len(text)
 
     def _drop_settled(self) -> None:
-        """Decode the newest tokens on their own from now on, because together with the older ones they are broken."""
+        """Decode the newest tokens on their own from now on: together with the older ones they are broken."""
         shown = self._shown[self._settled_chars :]
         self._window = self._window[self._settled :]
         self._text = self._decode(self._window)
-        self._shown = commonprefix([shown, self._text])
+        self._shown = commonprefix([shown, self._text])  # noqa: RUF071 - characters are what is meant
         self._settled = self._settled_chars = 0
 
     def _halve_window(self) -> None:
-        """Forget tokens that cannot matter any more, so that an endlessly broken output costs no more per token."""
+        """Forget tokens that cannot matter any more, so that endlessly broken output stays cheap."""
         held = self._text[len(self._shown) :]
         self._window = self._window[-_LONGEST_WINDOW // 2 :]
         self._text = self._decode(self._window)
@@ -200,9 +206,9 @@ class IncrementalDetokenizer:
 class StopStringMatcher:
     """Finds stop strings in text that comes in pieces, and holds back what may become one.
 
-    The match is the one a reader would see first: the stop string that is complete first, and of those complete at the
-    same character the one that begins first. So it depends neither on how the text was cut into pieces nor on text that
-    would have come later.
+    The match is the one a reader would see first: the stop string that is complete first, and of those
+    complete at the same character the one that begins first. So it depends neither on how the text was cut
+    into pieces nor on text that would have come later.
     """
 
     def __init__(self, stop: Sequence[str], include_in_output: bool = False) -> None:
@@ -217,8 +223,8 @@ class StopStringMatcher:
     def feed(self, delta: str) -> tuple[str, str | None]:
         """(text now free to be shown, the stop string found or None).
 
-        On a match the text ends before the stop string, or after it if that is to be included; what follows is dropped,
-        and so is everything fed later.
+        On a match the text ends before the stop string, or after it if that is to be included; what follows
+        is dropped, and so is everything fed later.
         """
         if self._matched is not None:
             return "", self._matched
@@ -252,8 +258,9 @@ class StopStringMatcher:
 
 
 def bad_word_token_sequences(tokenizer: Tokenizer, words: Sequence[str]) -> list[tuple[int, ...]]:
-    """The token sequences to forbid so that ``words`` do not appear: each word as at the start of a text, and after a
-    space, where that is different. Sequences keep the order of ``words`` and appear once.
+    """The token sequences to forbid so that ``words`` do not appear, each once, in the order of ``words``.
+
+    A word may have two: as it is written at the start of a text, and after a space.
     """
     sequences: dict[tuple[int, ...], None] = {}
     for word in words:
@@ -274,19 +281,19 @@ def apply_chat_template(
 ) -> list[int]:
     """The token ids of a conversation, written out by ``chat_template`` (default: the tokenizer's own).
 
-    ``messages`` are dicts with ``role`` and ``content``. ``add_generation_prompt`` opens an assistant message for the
-    model to fill; ``continue_final_message`` leaves the last message open instead, and excludes it.
+    ``messages`` are dicts with ``role`` and ``content``. ``add_generation_prompt`` opens an assistant message
+    for the model to fill; ``continue_final_message`` leaves the last message open instead, and excludes it.
     Raises ``ValueError`` when there is no template, or when it does not accept the messages.
     """
     if chat_template is None and not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; pass chat_template, or use generate with a plain prompt")
+        raise ValueError("the tokenizer has no chat template; pass chat_template, or a plain prompt instead")
     if add_generation_prompt and continue_final_message:
-        raise ValueError("continue_final_message=True needs add_generation_prompt=False: the last message stays open")
+        raise ValueError("continue_final_message=True needs add_generation_prompt=False")
     _check_messages(messages)
     from jinja2 import TemplateError
 
     try:
-        token_ids = tokenizer.apply_chat_template(
+        token_ids: Any = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tools=None if tools is None else [dict(tool) for tool in tools],
             chat_template=chat_template,
@@ -301,17 +308,17 @@ def apply_chat_template(
 
 def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     if isinstance(messages, str | Mapping) or not messages:
-        raise ValueError(f"messages is {messages!r}; it must be a non-empty list of dicts with 'role' and 'content'")
+        raise ValueError(f"messages is {messages!r}; it must be a non-empty list of dicts with a 'role'")
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message:
-            raise ValueError(f"messages contains {message!r}; every message must be a dict with a 'role'")
+            raise ValueError(f"messages contains {message!r}; each must be a dict with a 'role'")
 
 
 def decode_token(tokenizer: Tokenizer, token_id: int) -> str:
-    """The text of one token within a text, with its leading space; U+FFFD for part of a character, "" if unknown."""
+    """The text of one token, with its leading space; U+FFFD for part of a character, "" if unknown."""
     decode = tokenizer.backend_tokenizer.decode
     once = decode([token_id], skip_special_tokens=False)
     twice = decode([token_id, token_id], skip_special_tokens=False)
-    # Many decoders strip the space of the first token, so the second of two tells what one adds to a text. Not, though,
-    # if the end of the first and the start of the second make a character together.
+    # Many decoders strip the space of the first token, so the second of two tells what one adds to a text;
+    # but not if the end of the first and the start of the second make a character together.
     return twice.removeprefix(once) if twice.startswith(once) else once

@@ -1,0 +1,248 @@
+"""From arguments to a running engine: find the model, lay out the mesh, load, size the cache, compile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import psutil
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from jaxserve.batch import BatchLayout
+from jaxserve.config import GIB, SchedulerConfig, token_buckets
+from jaxserve.device_state import abstract_state, kv_bytes_per_block, state_bytes_per_device
+from jaxserve.engine import Engine
+from jaxserve.engine_args import EngineArgs
+from jaxserve.models.config import DecoderConfig
+from jaxserve.models.registry import decoder_config, family_of, load_hf_config
+from jaxserve.runner import ModelRunner, RunnerConfig
+from jaxserve.scheduler import Scheduler
+from jaxserve.tokenizer import load_tokenizer
+from jaxserve.weights.checkpoint import Checkpoint
+from jaxserve.weights.loader import load_params, random_params
+from pallas_kernels import dispatch
+from sharding import MeshConfig, ShardingRules, build_mesh
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+CPU_KV_BYTES = 2 * GIB
+"""KV memory of a CPU run, all devices together, unless the user says otherwise."""
+GPU_RESERVE_BYTES = GIB // 2
+"""Left free on a GPU beside weights, step and cache: CUDA context, NCCL buffers, fragmentation."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's directory and its configs, before any weight is read."""
+
+    directory: Path
+    hf: Any
+    decoder: DecoderConfig
+
+    @classmethod
+    def find(cls, args: EngineArgs) -> ModelFiles:
+        directory = find_model(args.model, args.revision)
+        hf = load_hf_config(directory, dict(args.hf_overrides or {}))
+        return cls(directory, hf, decoder_config(hf))
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Of the config, and those that generation_config.json adds."""
+        path = self.directory / "generation_config.json"
+        ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        more = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        return tuple(sorted({*self.decoder.eos_token_ids, *more}))
+
+
+def find_model(model: str | Path, revision: str | None = None) -> Path:
+    """The local directory of "demo", of a path, or of a hub name (downloaded into the hub's own cache)."""
+    if str(model) == "demo":
+        return DEMO_MODEL
+    if Path(model).is_dir():
+        return Path(model)
+    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        raise FileNotFoundError(f'model {str(model)!r}: no such directory, and no hub name ("owner/name")')
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"model {str(model)!r}: no such directory, and the hub says: {reason}") from None
+
+
+def resolve_mesh(args: EngineArgs) -> MeshConfig:
+    """The mesh that the arguments ask for, refused where an axis is not supported yet."""
+    config = MeshConfig.resolve(
+        args.mesh,
+        dp=args.data_parallel_size,
+        pp=args.pipeline_parallel_size,
+        cp=args.decode_context_parallel_size,
+        tp=args.tensor_parallel_size,
+    )
+    for axis, name in (("pp", "pipeline_parallel_size"), ("cp", "decode_context_parallel_size")):
+        if getattr(config, axis) != 1:
+            raise NotImplementedError(f"{name}={getattr(config, axis)} is not supported yet; leave {axis} at 1")
+    return config
+
+
+def open_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over this process's devices; on a CPU as many as it needs are simulated."""
+    try:
+        if config.num_devices > 1:
+            jax.config.update("jax_num_cpu_devices", config.num_devices)
+    except RuntimeError:
+        pass  # jax has its devices already: build_mesh says if they are too few
+    return build_mesh(config)
+
+
+def resolve_dtype(asked: str, hf: Any) -> jnp.dtype:
+    stored = str(getattr(hf, "dtype", None) or "float32").removeprefix("torch.")
+    return jnp.dtype(stored if asked == "auto" else asked)
+
+
+def resolve_kv_dtype(asked: str, model: jnp.dtype, platform: str) -> jnp.dtype:
+    if asked != "auto":
+        return jnp.dtype(asked)
+    return jnp.dtype(jnp.float32) if platform == "cpu" else model
+
+
+def load_model(
+    files: ModelFiles, args: EngineArgs, decoder: DecoderConfig, mesh: Mesh, rules: ShardingRules
+) -> tuple[Any, Any]:
+    """Graph definition and parameters, from whatever the directory holds."""
+    dtype = resolve_dtype(args.dtype, files.hf)
+    if args.load_format == "dummy":
+        return random_params(decoder, dtype, mesh, rules, args.seed)
+    from jaxserve.weights.orbax import is_orbax, restore
+
+    if args.load_format == "orbax" or (args.load_format == "auto" and is_orbax(files.directory)):
+        return restore(files.directory, files.decoder, decoder, dtype, mesh, rules)
+    family = family_of(files.hf.architectures)
+    checkpoint = Checkpoint(files.directory, getattr(family, "PREFIXES", ("model.",)))
+    show = _progress("loading weights", args.use_tqdm_on_load)
+    return load_params(decoder, dtype, family.weights(decoder, checkpoint), mesh, rules, show)
+
+
+def _progress(what: str, shown: bool) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """A progress bar that is gone when it is done, or nothing."""
+    return lambda items: tqdm(items, desc=what, disable=not shown, leave=False)
+
+
+def build_engine(args: EngineArgs) -> Engine:
+    """Load the model and compile its programs; what comes back is ready to serve."""
+    if args.compilation_cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", args.compilation_cache_dir)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    files = ModelFiles.find(args)
+    mesh_config = resolve_mesh(args)
+    decoder, rules = files.decoder.fit_to(mesh_config.tp), ShardingRules()
+    tokenizer = None if args.skip_tokenizer_init else load_tokenizer(args.tokenizer or files.directory)
+    mesh = open_mesh(mesh_config)
+    platform = mesh.devices.flat[0].platform
+    model = load_model(files, args, decoder, mesh, rules)
+    limits = _limits(args, decoder, platform, mesh_config.dp)
+    dtype = resolve_dtype(args.dtype, files.hf)
+    runner = ModelRunner(
+        model,
+        decoder,
+        dispatch.paged_attention(platform, args.attention_backend),
+        _runner_config(args, limits, platform, dtype),
+        mesh,
+        rules,
+    )
+    num_blocks = _num_blocks(args, runner, limits, platform)
+    limits = replace(limits, num_blocks=num_blocks)
+    runner.warm_up(num_blocks, _progress("compiling", args.use_tqdm_on_load))
+    return Engine(Scheduler(limits), runner, tokenizer, files.eos_token_ids, args.seed)
+
+
+def _limits(args: EngineArgs, decoder: DecoderConfig, platform: str, dp: int) -> SchedulerConfig:
+    """The scheduler's limits, but for the number of blocks, which is known once the step is compiled."""
+    longest = args.max_model_len or decoder.max_position
+    table = decoder.learned_positions - decoder.position_offset
+    if decoder.learned_positions and longest > table:
+        raise ValueError(f"max_model_len={longest}: this model's position table ends at {table}")
+    tokens = args.max_num_batched_tokens or (512 if platform == "cpu" else 2048)
+    if not args.enable_chunked_prefill and args.max_num_batched_tokens is None:
+        tokens = max(tokens, longest)
+    return SchedulerConfig(
+        max_model_len=longest,
+        max_num_seqs=args.max_num_seqs or min(tokens, 64 if platform == "cpu" else 256),
+        max_num_batched_tokens=tokens,
+        block_size=args.block_size,
+        num_blocks=2,
+        enable_chunked_prefill=args.enable_chunked_prefill,
+        num_replicas=dp,
+    )
+
+
+def _runner_config(args: EngineArgs, limits: SchedulerConfig, platform: str, dtype: jnp.dtype) -> RunnerConfig:
+    # XLA:CPU has no fast path for bfloat16 products of fewer rows than this (2 GB/s of weights instead of 35).
+    min_rows = 8 if platform == "cpu" and dtype != jnp.float32 else 1
+    largest = limits.max_num_batched_tokens
+    buckets = args.token_buckets or token_buckets(largest, min(min_rows, largest))
+    if sorted(set(buckets)) != list(buckets) or buckets[-1] != largest or buckets[0] < 1:
+        raise ValueError(
+            f"token_buckets={buckets!r}: they rise, and the last is max_num_batched_tokens={largest}"
+        )
+    return RunnerConfig(
+        token_buckets=tuple(buckets),
+        max_num_seqs=limits.max_num_seqs,
+        blocks_per_sequence=limits.blocks_per_sequence,
+        block_size=limits.block_size,
+        kv_dtype=resolve_kv_dtype(args.kv_cache_dtype, dtype, platform),
+        min_rows=min_rows,
+    )
+
+
+def _num_blocks(args: EngineArgs, runner: ModelRunner, limits: SchedulerConfig, platform: str) -> int:
+    """KV blocks per replica: as told, or what fits the memory, and never more than could be used."""
+    if args.num_gpu_blocks_override is not None:
+        return args.num_gpu_blocks_override
+    itemsize = runner.config.kv_dtype.itemsize
+    block = kv_bytes_per_block(runner.decoder, limits.block_size, itemsize, runner.mesh.shape["tp"])
+    if args.kv_cache_memory_bytes is not None:
+        available, source = args.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    elif platform == "cpu":
+        free = psutil.virtual_memory().available
+        available, source = min(CPU_KV_BYTES, free // 2) // runner.mesh.size, "half of the free memory"
+    else:
+        available, source = _free_gpu_bytes(args, runner), "gpu_memory_utilization"
+    blocks = available // block
+    if blocks < 2:
+        raise ValueError(
+            f"no room for KV blocks: {source} leaves {available:,} bytes on each device, a block of "
+            f"{limits.block_size} tokens takes {block:,}, and at least 2 are needed"
+        )
+    return min(blocks, 1 + limits.max_num_seqs * limits.blocks_per_sequence)
+
+
+def _free_gpu_bytes(args: EngineArgs, runner: ModelRunner) -> int:
+    """What is left of a GPU for KV blocks: its memory's agreed share, less what the largest step's own memory
+    analysis says it needs (arguments, temporaries, outputs), less the reserve."""
+    device = runner.mesh.devices.flat[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise ValueError(f"{device} does not say how much memory it has: give kv_cache_memory_bytes")
+    return int(stats["bytes_limit"] * args.gpu_memory_utilization) - step_bytes(runner) - GPU_RESERVE_BYTES
+
+
+def step_bytes(runner: ModelRunner, probe_blocks: int = 2) -> int:
+    """Bytes per device that the largest step needs besides KV blocks, read from its compiled program."""
+    layout = runner.config.layouts[-1]
+    analysis = runner.step_program(layout, probe_blocks).memory_analysis()
+    state = runner.abstract_state(probe_blocks)
+    total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+    return total - analysis.alias_size_in_bytes - state_bytes_per_device(state._replace(sampler=_nothing(state)))
+
+
+def _nothing(state: Any) -> Any:
+    return type(state.sampler)(*(jax.ShapeDtypeStruct((0,), x.dtype, sharding=None) for x in state.sampler))

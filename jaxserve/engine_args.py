@@ -1,0 +1,165 @@
+"""The arguments of an engine: what can be asked for, checked before anything is loaded. No jax here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "safetensors", "orbax", "dummy")
+
+
+class EngineOptions(TypedDict, total=False):
+    """Keyword arguments of ``LLM`` besides the model; ``EngineArgs`` documents them."""
+
+    tokenizer: str | None
+    revision: str | None
+    trust_remote_code: bool
+    hf_overrides: Mapping[str, Any] | None
+    skip_tokenizer_init: bool
+    served_model_name: str | None
+    load_format: str
+    dtype: str
+    seed: int
+    mesh: Any
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    data_parallel_size: int
+    decode_context_parallel_size: int
+    enable_expert_parallel: bool
+    max_model_len: int | None
+    max_num_seqs: int | None
+    max_num_batched_tokens: int | None
+    enable_chunked_prefill: bool
+    scheduling_policy: str
+    async_scheduling: bool
+    block_size: int
+    num_gpu_blocks_override: int | None
+    gpu_memory_utilization: float
+    kv_cache_memory_bytes: int | None
+    kv_cache_dtype: str
+    swap_space: float
+    enable_prefix_caching: bool
+    attention_backend: str | None
+    token_buckets: tuple[int, ...] | None
+    compilation_cache_dir: str | None
+    use_tqdm_on_load: bool
+    quantization: None
+    speculative_config: None
+    enable_lora: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineArgs:
+    """Everything an engine is built from. Names and meanings are vLLM's where it has them."""
+
+    model: str | Path
+    """"demo", a local Hugging Face checkpoint directory, one that ``jaxserve convert`` wrote, or a hub name."""
+    tokenizer: str | None = None
+    """Directory or hub name of the tokenizer; None = the model's."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    hf_overrides: Mapping[str, Any] | None = None
+    """Entries that replace those of config.json."""
+    skip_tokenizer_init: bool = False
+    """No tokenizer: prompts are token ids, outputs have no text."""
+    served_model_name: str | None = None
+    load_format: str = "auto"
+    """auto, safetensors, orbax, or dummy (random weights: config.json is enough)."""
+    dtype: str = "auto"
+    """Of weights and activations; auto = the checkpoint's."""
+    seed: int = 0
+    """Of requests without a seed of their own, and of dummy weights."""
+    mesh: Any = None
+    """MeshConfig, path of a TOML mesh file, or "dp=2,tp=2"; agrees with the sizes below where both are given."""
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    decode_context_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    max_model_len: int | None = None
+    """Longest sequence in tokens, prompt and output; None = the model's limit."""
+    max_num_seqs: int | None = None
+    """Sequences in one step, per replica; None = 64 on a CPU, 256 on a GPU."""
+    max_num_batched_tokens: int | None = None
+    """Tokens in one step, per replica; None = 512 on a CPU, 2048 on a GPU."""
+    enable_chunked_prefill: bool = True
+    scheduling_policy: str = "fcfs"
+    async_scheduling: bool = False
+    block_size: int = 16
+    """Tokens in one KV block."""
+    num_gpu_blocks_override: int | None = None
+    """KV blocks per replica, whatever the memory."""
+    gpu_memory_utilization: float = 0.92
+    """Share of a GPU's memory that weights, step and KV blocks may take together."""
+    kv_cache_memory_bytes: int | None = None
+    """Bytes of KV blocks on each device."""
+    kv_cache_dtype: str = "auto"
+    """auto = the model's dtype; on a CPU always float32, which is several times faster to read there."""
+    swap_space: float = 0.0
+    enable_prefix_caching: bool = False
+    attention_backend: str | None = None
+    """An implementation of ``pallas_kernels.dispatch``; None = the platform's default."""
+    token_buckets: tuple[int, ...] | None = None
+    """Numbers of tokens that steps are compiled for; None = powers of two and halfway points up to the limit."""
+    compilation_cache_dir: str | None = None
+    """Where compiled programs are kept between runs; None = nowhere, unless jax is configured otherwise."""
+    use_tqdm_on_load: bool = True
+    """Progress bars while loading and compiling."""
+    quantization: None = None
+    speculative_config: None = None
+    enable_lora: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, DTYPES)
+        _one_of("load_format", self.load_format, LOAD_FORMATS)
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks_override"):
+            _at_least_one(name, getattr(self, name))
+        _at_least_one("kv_cache_memory_bytes", self.kv_cache_memory_bytes)
+        _at_least_one("block_size", self.block_size)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: it is above 0 and at most 1")
+        self._refuse_unsupported()
+
+    def _refuse_unsupported(self) -> None:
+        """Arguments of capabilities that are not there yet: accepted only where they ask for nothing."""
+        for name, nothing in UNSUPPORTED.items():
+            value = getattr(self, name)
+            if value != nothing:
+                raise NotImplementedError(f"{name}={value!r} is not supported yet; leave it at {nothing!r}")
+
+    @classmethod
+    def of(cls, model: str | Path, **options: Unpack[EngineOptions]) -> EngineArgs:
+        """Like the constructor, with one clear error for names that do not exist."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise TypeError(f"unknown argument {unknown[0]!r}; known: {', '.join(sorted(known - {'model'}))}")
+        return cls(model=model, **options)
+
+
+UNSUPPORTED: Mapping[str, Any] = {
+    "trust_remote_code": False,
+    "enable_expert_parallel": False,
+    "scheduling_policy": "fcfs",
+    "async_scheduling": False,
+    "swap_space": 0.0,
+    "enable_prefix_caching": False,
+    "quantization": None,
+    "speculative_config": None,
+    "enable_lora": False,
+}
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: it is one of {', '.join(allowed)}")
+
+
+def _at_least_one(name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name}={value!r}: it is a whole number of at least 1")

@@ -1,0 +1,180 @@
+"""The offline interface: prompts in, completions out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Unpack
+
+from tqdm import tqdm
+
+from jaxserve.build import build_engine
+from jaxserve.engine import Engine, EngineMetrics
+from jaxserve.engine_args import EngineArgs, EngineOptions
+from jaxserve.outputs import RequestOutput
+from jaxserve.runner import CompileRecord
+from jaxserve.sampling_params import RequestOutputKind, SamplingParams
+from jaxserve.tokenizer import apply_chat_template
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+
+
+class LLM:
+    """A model, loaded and compiled, that answers prompts.
+
+    ``LLM("demo")``, ``LLM("path/to/checkpoint", tensor_parallel_size=4)``. ``EngineArgs`` lists the options;
+    raises ValueError, NotImplementedError or FileNotFoundError with one clear line where they cannot be met.
+    """
+
+    def __init__(self, model: str | Path, **options: Unpack[EngineOptions]) -> None:
+        self.args = EngineArgs.of(model, **options)
+        self.engine: Engine = build_engine(self.args)
+        self._next_id = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+        priority: None = None,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; outputs in the order of the prompts.
+
+        sampling_params: one for all, or one each; None = ``SamplingParams()``. Bad input raises ValueError before
+        anything runs. Interrupted or failed, nothing of the call stays behind in the engine.
+        """
+        _refuse(lora_request=lora_request, priority=priority)
+        finished = {o.request_id: o for o in self._run(prompts, sampling_params, use_tqdm, final_only=True)}
+        return [finished[request_id] for request_id in sorted(finished, key=int)]
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[RequestOutput]:
+        """Outputs as they come, step by step, of the kind that ``SamplingParams.output_kind`` asks for.
+
+        Leaving the loop early aborts what is unfinished.
+        """
+        return self._run(prompts, sampling_params, use_tqdm=False, final_only=False)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of {"role", "content"} messages) or a list of them."""
+        _refuse(lora_request=lora_request)
+        prompts = self.chat_prompts(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+        )
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def chat_prompts(self, messages: Any, **template_options: Any) -> list[list[int]]:
+        """Token ids of conversations, through the checkpoint's chat template (or ``chat_template``)."""
+        tokenizer = self.get_tokenizer()
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        return [apply_chat_template(tokenizer, m, **template_options) for m in ([messages] if one else messages)]
+
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer."""
+        if self.engine.tokenizer is None:
+            raise ValueError("this engine has no tokenizer (skip_tokenizer_init=True)")
+        return self.engine.tokenizer
+
+    def get_metrics(self) -> EngineMetrics:
+        """Counters since the engine was made."""
+        return self.engine.metrics
+
+    def compiled_programs(self) -> list[CompileRecord]:
+        """Every program that was compiled, with its time; none is late unless something is wrong."""
+        return list(self.engine.runner.compiled)
+
+    # -- how a call runs ---------------------------------------------------------------------------------------------
+
+    def _run(
+        self, prompts: Any, sampling_params: Any, use_tqdm: bool, final_only: bool
+    ) -> Iterator[RequestOutput]:
+        texts_and_ids = [self._tokens_of(p) for p in as_prompts(prompts)]
+        params = _params_for(len(texts_and_ids), sampling_params)
+        if final_only:
+            params = [replace_kind(p, RequestOutputKind.FINAL_ONLY) for p in params]
+        ids = [str(self._next_id + i) for i in range(len(texts_and_ids))]
+        self._next_id += len(ids)
+        try:
+            for request_id, (text, token_ids), p in zip(ids, texts_and_ids, params, strict=True):
+                self.engine.add_request(request_id, token_ids, p, text)
+            yield from self._drain(len(ids), use_tqdm)
+        finally:
+            for request_id in ids:
+                self.engine.abort(request_id)
+
+    def _drain(self, count: int, use_tqdm: bool) -> Iterator[RequestOutput]:
+        """Step until nothing is left; the bar counts finished requests and shows tokens per second."""
+        before = replace(self.engine.metrics)
+        with tqdm(total=count, desc="generating", unit="req", disable=not use_tqdm) as bar:
+            while self.engine.has_unfinished:
+                for output in self.engine.step():
+                    bar.update(output.finished)
+                    yield output
+                if use_tqdm:
+                    _show_rates(bar, before, self.engine.metrics)
+
+    def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            return prompt, list(self.get_tokenizer().encode(prompt))
+        if not isinstance(prompt, Mapping):
+            return None, [int(t) for t in prompt]
+        unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
+        if unknown or len(prompt) != 1:
+            raise ValueError(
+                f"prompt {dict(prompt)!r}: it holds either 'prompt' or 'prompt_token_ids'"
+                + (f"; {unknown[0]!r} is not supported" if unknown else "")
+            )
+        return self._tokens_of(next(iter(prompt.values())))
+
+
+def as_prompts(prompts: Any) -> list[Prompt]:
+    """One prompt or many, as a list of prompts."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    prompts = list(prompts)
+    return [prompts] if prompts and all(isinstance(t, int) for t in prompts) else prompts
+
+
+def _params_for(count: int, params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one for all, or one each")
+    return list(params)
+
+
+def replace_kind(params: SamplingParams, kind: RequestOutputKind) -> SamplingParams:
+    return params if params.output_kind is kind else replace(params, output_kind=kind)
+
+
+def _refuse(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise NotImplementedError(f"{name}={value!r} is not supported yet; leave it at None")
+
+
+def _show_rates(bar: Any, before: EngineMetrics, now: EngineMetrics) -> None:
+    seconds = bar.format_dict["elapsed"] or 1e-9
+    read = (now.num_prompt_tokens - before.num_prompt_tokens) / seconds
+    written = (now.num_generation_tokens - before.num_generation_tokens) / seconds
+    bar.set_postfix_str(f"{read:.0f} prompt tok/s, {written:.0f} output tok/s", refresh=False)
