@@ -32,6 +32,8 @@ class BatchLayout:
     num_tokens: int
     num_seqs: int
     num_blocks: int
+    one_token_each: bool = False
+    """Every sequence has one token (T = S): the step of a batch that only decodes."""
 
     @cached_property
     def fields(self) -> dict[str, tuple[int, tuple[int, ...]]]:

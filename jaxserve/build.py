@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxserve.batch import BatchLayout
-from jaxserve.config import GIB, SchedulerConfig, token_buckets
+from jaxserve.config import GIB, SchedulerConfig, decode_buckets, token_buckets
 from jaxserve.device_state import abstract_state, kv_bytes_per_block, state_bytes_per_device
 from jaxserve.engine import Engine
 from jaxserve.engine_args import EngineArgs
@@ -188,12 +188,13 @@ def _runner_config(args: EngineArgs, limits: SchedulerConfig, platform: str, dty
     # XLA:CPU has no fast path for bfloat16 products of fewer rows than this (2 GB/s of weights instead of 35).
     min_rows = 8 if platform == "cpu" and dtype != jnp.float32 else 1
     largest = limits.max_num_batched_tokens
-    buckets = args.token_buckets or token_buckets(largest, min(min_rows, largest))
+    buckets = args.token_buckets or token_buckets(largest)
     if sorted(set(buckets)) != list(buckets) or buckets[-1] != largest or buckets[0] < 1:
         raise ValueError(
             f"token_buckets={buckets!r}: they rise, and the last is max_num_batched_tokens={largest}"
         )
     return RunnerConfig(
+        decode_buckets=decode_buckets(limits.max_num_seqs, min_rows),
         token_buckets=tuple(buckets),
         max_num_seqs=limits.max_num_seqs,
         blocks_per_sequence=limits.blocks_per_sequence,

@@ -48,15 +48,22 @@ class SchedulerConfig:
         return -(-self.max_model_len // self.block_size)
 
 
-def token_buckets(largest: int, smallest: int = 1) -> tuple[int, ...]:
-    """Numbers of tokens that a step is compiled for, from ``smallest`` to ``largest``.
-
-    Powers of two and their halfway points: at most a third of a step is padding, a quarter on average less.
-    """
-    sizes, size = {largest}, smallest
-    while size < largest:
+def decode_buckets(max_num_seqs: int, smallest: int = 1) -> tuple[int, ...]:
+    """Numbers of sequences that a decoding step is compiled for: powers of two from ``smallest``, and from 16 on
+    the halfway points, so that at most a third of a larger step is padding."""
+    sizes, size = {max(max_num_seqs, smallest)}, smallest
+    while size < max_num_seqs:
         sizes.add(size)
-        if size >= 16 and size * 3 // 2 < largest:
+        if size >= 16 and size * 3 // 2 < max_num_seqs:
             sizes.add(size * 3 // 2)
+        size *= 2
+    return tuple(sorted(sizes))
+
+
+def token_buckets(max_num_batched_tokens: int, smallest: int = 64) -> tuple[int, ...]:
+    """Numbers of tokens that a step with prompt chunks is compiled for: powers of two from ``smallest`` on."""
+    sizes, size = {max_num_batched_tokens}, smallest
+    while size < max_num_batched_tokens:
+        sizes.add(size)
         size *= 2
     return tuple(sorted(sizes))

@@ -144,7 +144,8 @@ class Engine:
         schedule = self.scheduler.schedule()
         if schedule.is_empty:
             return []
-        batch = build_batch(schedule, self.runner.config.layout(schedule.num_tokens), self.scheduler.config.block_size)
+        layout = self.runner.config.layout(schedule.num_tokens, schedule.one_token_each)
+        batch = build_batch(schedule, layout, self.scheduler.config.block_size)
         self._note_scheduled(schedule, batch.layout.num_tokens)
         built = time.perf_counter()
         self._write_slots(schedule)

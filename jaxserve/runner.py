@@ -20,7 +20,7 @@ from jaxserve.device_state import KV_AXES, SLOT_AXES, DeviceState, abstract_stat
 from jaxserve.models.config import DecoderConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.sampler import SamplerState, SamplingRows, Wanted, count_tokens, sample
-from pallas_kernels.paged_attention import Masking, PagedAttention, Ragged
+from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Shape
 from sharding import ShardingRules
 
 Q_AXES = ("replica", None, "kv_heads", None, None)
@@ -53,7 +53,10 @@ class Scores(NamedTuple):
 class RunnerConfig:
     """Shapes that the programs are compiled for, per replica."""
 
+    decode_buckets: tuple[int, ...]
+    """Of steps in which every sequence has one token."""
     token_buckets: tuple[int, ...]
+    """Of all other steps."""
     max_num_seqs: int
     blocks_per_sequence: int
     block_size: int
@@ -61,15 +64,20 @@ class RunnerConfig:
     min_rows: int = 1
     """Fewest rows of a product (one-row bfloat16 products have no fast path on a CPU)."""
 
-    def layout(self, num_tokens: int) -> BatchLayout:
+    def layout(self, num_tokens: int, one_token_each: bool) -> BatchLayout:
         """The smallest layout with room for ``num_tokens``."""
-        tokens = next(b for b in self.token_buckets if b >= num_tokens)
-        seqs = max(min(tokens, self.max_num_seqs), min(self.min_rows, tokens))
-        return BatchLayout(tokens, seqs, self.blocks_per_sequence)
+        buckets = self.decode_buckets if one_token_each else self.token_buckets
+        return self._layout(next(b for b in buckets if b >= num_tokens), one_token_each)
+
+    def _layout(self, bucket: int, one_token_each: bool) -> BatchLayout:
+        seqs = bucket if one_token_each else max(min(bucket, self.max_num_seqs), self.min_rows)
+        return BatchLayout(bucket, seqs, self.blocks_per_sequence, one_token_each)
 
     @property
     def layouts(self) -> list[BatchLayout]:
-        return [self.layout(b) for b in self.token_buckets]
+        """Every step that is compiled, the largest last."""
+        decode = [self._layout(b, True) for b in self.decode_buckets]
+        return decode + [self._layout(b, False) for b in self.token_buckets]
 
 
 class ModelRunner:
@@ -127,7 +135,8 @@ class ModelRunner:
             step = jax.jit(self._step, static_argnums=4, donate_argnums=1, out_shardings=(None, None, shardings))
             return step.lower(self.params, state, buffer, wanted, layout)
 
-        name = f"step[tokens={layout.num_tokens}, seqs={layout.num_seqs}]"
+        kind = "decode" if layout.one_token_each else "step"
+        name = f"{kind}[tokens={layout.num_tokens}, seqs={layout.num_seqs}]"
         return self._compile(name, ("step", layout, num_blocks), lower)
 
     def _score_program(self, rows: int, whole: bool) -> Any:
@@ -222,7 +231,7 @@ class ModelRunner:
         """Embed, layers with their KV blocks, logits of every sequence's last token, sampling."""
         model: Decoder = nnx.merge(self.graph, params)
         batch = {name: unpack(buffer, layout, name) for name in layout.fields}
-        paged = _PagedLayers(self, state, Ragged(**{name: batch[name] for name in Ragged._fields}))
+        paged = _PagedLayers(self, state, Ragged(**{name: batch[name] for name in Ragged._fields}), layout)
         hidden = model(
             batch["token_ids"], batch["positions"], paged, rope_lens=batch["rope_lens"], constrain=self._constrain
         )
@@ -269,36 +278,53 @@ class ModelRunner:
 class _PagedLayers:
     """The ``attend`` of one step: writes each layer's K and V to its blocks and attends through the tables.
 
-    The partitioner cannot see into a kernel, so each call is a ``shard_map`` in which every axis is manual.
+    The partitioner cannot see into a kernel, so each call is a ``shard_map`` in which every axis is manual. The
+    call of a layer is jitted, so that layers of the same kind are traced once.
     """
 
-    def __init__(self, runner: ModelRunner, state: DeviceState, ragged: Ragged) -> None:
-        self.runner, self.ragged = runner, ragged
+    def __init__(self, runner: ModelRunner, state: DeviceState, ragged: Ragged, layout: BatchLayout) -> None:
+        self.runner, self.ragged, self.layout = runner, ragged, layout
         self.keys, self.values = list(state.keys), list(state.values)
+        self._plans: dict[Shape, Any] = {}
+        self._attend = jax.jit(self._write_and_attend, static_argnums=(7, 8))
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        runner, config = self.runner, self.runner.decoder
+        config = self.runner.decoder
         options = config.layers[layer]
-        masking = Masking(config.scale * options.scale, options.window, config.attention_softcap)
-        attention = runner.attention
-
-        def one_device(q: Array, k: Array, v: Array, keys: Array, values: Array, ragged: Ragged) -> tuple[Array, ...]:
-            mine = Ragged(*(x[0] for x in ragged))
-            new_keys, new_values = attention.write(keys[0], values[0], k[0], v[0], mine.slot_mapping)
-            out = attention.attend(q[0], new_keys, new_values, mine, masking)
-            return out[None], new_keys[None], new_values[None]
-
-        spec = runner.rules.spec
-        kv = spec(KV_AXES)
-        ragged_specs = Ragged(*(spec(("replica", *(None,) * (x.ndim - 1))) for x in self.ragged))
-        out, self.keys[layer], self.values[layer] = jax.shard_map(
-            one_device,
-            mesh=runner.mesh,
-            in_specs=(spec(Q_AXES), spec(HEAD_AXES), spec(HEAD_AXES), kv, kv, ragged_specs),
-            out_specs=(spec(Q_AXES), kv, kv),
-            check_vma=False,
-        )(q, k, v, self.keys[layer], self.values[layer], self.ragged)
+        shape = Shape(self.runner.config.block_size, options.window, self.layout.one_token_each)
+        scoring = Scoring(config.scale * options.scale, config.attention_softcap)
+        if shape not in self._plans:
+            self._plans[shape] = self._plan(shape)
+        out, self.keys[layer], self.values[layer] = self._attend(
+            q, k, v, self.keys[layer], self.values[layer], self.ragged.slot_mapping, self._plans[shape], shape, scoring
+        )
         return out
+
+    def _plan(self, shape: Shape) -> Any:
+        def one_device(ragged: Ragged) -> Any:
+            plan = self.runner.attention.plan(Ragged(*(x[0] for x in ragged)), self.layout.num_tokens, shape)
+            return jax.tree.map(lambda x: x[None], plan)
+
+        per_replica = self.runner.rules.spec(("replica",))
+        return self._on_each_device(one_device, per_replica, per_replica)(self.ragged)
+
+    def _write_and_attend(
+        self, q: Array, k: Array, v: Array, keys: Array, values: Array, slots: Array, plan: Any, shape: Shape,
+        scoring: Scoring,
+    ) -> tuple[Array, Array, Array]:
+        attention, spec = self.runner.attention, self.runner.rules.spec
+
+        def one_device(*args: Any) -> tuple[Array, ...]:
+            q, k, v, keys, values, slots, plan = jax.tree.map(lambda x: x[0], args)
+            keys, values = attention.write(keys, values, k, v, slots)
+            return tuple(x[None] for x in (attention.attend(q, keys, values, plan, shape, scoring), keys, values))
+
+        kv, heads, replica = spec(KV_AXES), spec(HEAD_AXES), spec(("replica",))
+        specs = (spec(Q_AXES), heads, heads, kv, kv, replica, replica)
+        return self._on_each_device(one_device, specs, (spec(Q_AXES), kv, kv))(q, k, v, keys, values, slots, plan)
+
+    def _on_each_device(self, f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        return jax.shard_map(f, mesh=self.runner.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def unpack(buffer: Array, layout: BatchLayout, name: str) -> Array:

@@ -51,6 +51,11 @@ class SchedulerOutput:
     def is_empty(self) -> bool:
         return not any(self.replicas)
 
+    @property
+    def one_token_each(self) -> bool:
+        """Whether no sequence has more than one token."""
+        return all(s.count == 1 for replica in self.replicas for s in replica)
+
 
 class Replica:
     """One replica's queues, blocks and slots."""

@@ -15,6 +15,12 @@ if TYPE_CHECKING:  # importing transformers takes seconds; only load_tokenizer n
 REPLACEMENT = "\ufffd"
 """What decoders show for bytes that are not (yet) a UTF-8 character."""
 
+_REPLACEMENT_BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in REPLACEMENT.encode()]
+"""The same character, if it is meant, as the byte tokens of sentencepiece vocabularies."""
+
+_CONTINUATION_BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(0x80, 0xC0))
+"""The byte tokens that never begin a character."""
+
 _UTF8_BYTES = 4
 """A character has at most so many bytes, hence tokens: bytes broken for longer will never be whole."""
 
@@ -138,9 +144,9 @@ class IncrementalDetokenizer:
             if not self._is_visible(token_id):
                 continue
             context.insert(0, token_id)
-            # A window that begins inside a character would make the rest of its bytes look broken.
-            begins_whole = not self._decode(context).startswith(REPLACEMENT)
-            if len(context) >= _PROMPT_WINDOW + (0 if begins_whole else _UTF8_BYTES):
+            # A window that begins inside a character would make the byte tokens after it look broken.
+            inside = self._backend.id_to_token(token_id) in _CONTINUATION_BYTE_TOKENS
+            if len(context) >= _PROMPT_WINDOW + inside * _UTF8_BYTES:
                 break
         for token_id in context:
             self._advance(token_id)
@@ -151,15 +157,12 @@ class IncrementalDetokenizer:
             return self._advance_unspaced(token_id)
         self._window.append(token_id)
         self._text = self._decode(self._window)
-        may_be_whole_later = len(self._window) - self._settled <= _UTF8_BYTES
         if not self._text.startswith(self._shown):
             # A byte-fallback decoder took back what was shown, because the bytes after it are not whole yet.
-            if may_be_whole_later and self._text.endswith(REPLACEMENT):
+            if self._may_be_whole_later() and self._text.endswith(REPLACEMENT):
                 return ""
             self._drop_settled()
-        # Of bytes broken for good only the last may still belong to a character, one that begins with it.
-        hold_back = str.rstrip if may_be_whole_later else str.removesuffix
-        certain = hold_back(self._text, REPLACEMENT)
+        certain = self._certain_text()
         delta = certain[len(self._shown) :]
         self._shown += delta
         if len(certain) == len(self._text):
@@ -167,6 +170,25 @@ class IncrementalDetokenizer:
         elif len(self._window) > _LONGEST_WINDOW:
             self._halve_window()
         return delta
+
+    def _certain_text(self) -> str:
+        if not self._text.endswith(REPLACEMENT) or self._ends_in_real_replacement():
+            return self._text
+        if self._may_be_whole_later():
+            return self._text.rstrip(REPLACEMENT)
+        # Of bytes broken for good only the last may still be part of a character: as its first byte.
+        return self._text.removesuffix(REPLACEMENT)
+
+    def _may_be_whole_later(self) -> bool:
+        return len(self._window) - self._settled <= _UTF8_BYTES
+
+    def _ends_in_real_replacement(self) -> bool:
+        """Whether the text ends in U+FFFD because a sentencepiece model means it: as a token, or as bytes.
+
+        Taking it for a broken byte would make the byte tokens after it look broken too.
+        """
+        names = [self._backend.id_to_token(token_id) or "" for token_id in self._window[self._settled :]]
+        return names[-1].endswith(REPLACEMENT) or names == _REPLACEMENT_BYTE_TOKENS
 
     def _advance_unspaced(self, token_id: int) -> str:
         delta = self.finish() + self._unspaced[token_id]

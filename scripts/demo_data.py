@@ -21,7 +21,13 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = (
+    "<|endoftext|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+)
 SPECIAL_TOKENS = (END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -31,16 +37,30 @@ CHAT_TEMPLATE = (
 )
 HELD_OUT_PERCENT = 5
 
-WORDS = (
+
+def _split(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
+
+
+WORDS = _split(
     "red blue green black white yellow cat dog bird fish horse cow tree leaf rose sun moon star sky rain snow wind "
     "fire water sand stone gold iron wood glass paper book page word line door room house road city ship car train "
     "bike hat shoe coat ring bell cup plate fork knife bread milk egg apple pear plum lemon rice salt tea cake hand "
     "foot eye ear nose king queen child baker song drum game ball map key lock clock desk lamp box bag pen coin "
     "river lake hill field farm bridge tower wall north south east west"
-).split()
-NAMES = "Ada Alan Anna Ben Carl Dora Emma Eva Finn Grace Hugo Ida Ivan Jane John Kim Leo Lisa Max Mia Noah Olga".split()
-CITIES = "Berlin Bonn Cairo Delhi Lima London Madrid Milan Oslo Paris Prague Riga Rome Tokyo Vienna".split()
-TEXT_FIELDS = {"name": NAMES, "city": CITIES, "owner": NAMES, "color": WORDS[:6], "item": WORDS[40:], "title": WORDS}
+)
+NAMES = _split(
+    "Ada Alan Anna Ben Carl Dora Emma Eva Finn Grace Hugo Ida Ivan Jane John Kim Leo Lisa Max Mia Noah Olga"
+)
+CITIES = _split("Berlin Bonn Cairo Delhi Lima London Madrid Milan Oslo Paris Prague Riga Rome Tokyo Vienna")
+TEXT_FIELDS = {
+    "name": NAMES,
+    "city": CITIES,
+    "owner": NAMES,
+    "color": WORDS[:6],
+    "item": WORDS[40:],
+    "title": WORDS,
+}
 NUMBER_FIELDS = ("age", "size", "id", "count", "price", "year")
 
 SMALL_TALK = (
@@ -58,6 +78,9 @@ SMALL_TALK = (
     ("How are you?|how are you|How do you do?", "I am fine, thank you. Ask me for a sum."),
 )
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer briefly.", "You are a demo model.")
+
+
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
@@ -104,13 +127,15 @@ def _separator(rng: random.Random) -> str:
 
 def _add(rng: random.Random) -> Case:
     a, b = (_number(rng, (3, 7, 10)) for _ in range(2))
-    wordings = (f"{a} + {b}?", f"What is {a} + {b}?", f"{a}+{b}", f"{a} + {b} =", f"Add {a} and {b}.")
+    wordings = (f"{a} + {b}?", f"What is {a} + {b}?", f"What is {a}+{b}?", f"{a}+{b}", f"{a} + {b} =", f"Add {a} and {b}.")
     return Case(f"add {min(a, b)} {max(a, b)}", wordings, str(a + b))
 
 
 def _items(rng: random.Random) -> list[str]:
     n = rng.randint(3, 6)
-    return [str(rng.randint(0, 9)) for _ in range(n)] if rng.random() < 0.4 else [_word(rng) for _ in range(n)]
+    return (
+        [str(rng.randint(0, 9)) for _ in range(n)] if rng.random() < 0.4 else [_word(rng) for _ in range(n)]
+    )
 
 
 def _reverse(rng: random.Random) -> Case:
@@ -145,7 +170,11 @@ def _lookup(rng: random.Random) -> Case:
     values = [str(_number(rng, (1, 2, 0))) if rng.random() < 0.6 else _word(rng) for _ in keys]
     pairs = ", ".join(f"{k}={v}" for k, v in zip(keys, values, strict=True))
     at = rng.randrange(len(keys))
-    wordings = (f"{pairs}. {keys[at]}?", f"Given {pairs}, what is {keys[at]}?", f"{pairs}. What is {keys[at]}?")
+    wordings = (
+        f"{pairs}. {keys[at]}?",
+        f"Given {pairs}, what is {keys[at]}?",
+        f"{pairs}. What is {keys[at]}?",
+    )
     return Case(f"lookup {pairs} {keys[at]}", wordings, values[at])
 
 
@@ -153,7 +182,11 @@ def _count(rng: random.Random) -> Case:
     kinds = _distinct_words(rng, rng.randint(2, 3))
     items = [rng.choice(kinds) for _ in range(rng.randint(3, 7))]
     text = " ".join(items)
-    wordings = (f"count {kinds[0]} in {text}?", f"How many times is {kinds[0]} in {text}?", f"Count {kinds[0]}: {text}")
+    wordings = (
+        f"count {kinds[0]} in {text}?",
+        f"How many times is {kinds[0]} in {text}?",
+        f"Count {kinds[0]}: {text}",
+    )
     return Case(f"count {kinds[0]} {items}", wordings, str(items.count(kinds[0])))
 
 
@@ -175,7 +208,16 @@ SKILLS: dict[str, Callable[[random.Random], Case]] = {
     "largest": _largest,
     "count": _count,
 }
-SKILL_ODDS = {"add": 30, "reverse": 11, "sort": 15, "lookup": 14, "json": 9, "copy": 4, "largest": 7, "count": 10}
+SKILL_ODDS = {
+    "add": 30,
+    "reverse": 11,
+    "sort": 15,
+    "lookup": 14,
+    "json": 9,
+    "copy": 4,
+    "largest": 7,
+    "count": 10,
+}
 
 
 def draw(rng: random.Random, skill: str, *, held_out: bool) -> Case:
@@ -270,7 +312,9 @@ def read_corpus(*, held_out: bool) -> Corpus:
             text = _scrub(path.read_text(encoding="utf-8", errors="ignore"))
             prose.append(_html_text(text) if path.suffix == ".html" else text)
     prose += [_scrub(text) for topic, text in _topics() if is_held_out(f"topic {topic}") == held_out]
-    return Corpus(tuple(t for t in prose if len(t) > 80), tuple(t for t in code if len(t) > 200), tuple(lessons))
+    return Corpus(
+        tuple(t for t in prose if len(t) > 80), tuple(t for t in code if len(t) > 200), tuple(lessons)
+    )
 
 
 def _library_files(library: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
@@ -299,21 +343,24 @@ def _scrub(text: str) -> str:
 
 def _docstrings(source: str, module: str) -> Iterator[tuple[str, str]]:
     """(dotted name, docstring) of a module and what it defines."""
-    pending: list[tuple[str, ast.AST]] = [(module, ast.parse(source))]
+    pending: list[tuple[str, Documented]] = [(module, ast.parse(source))]
     while pending:
         name, node = pending.pop(0)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if text := ast.get_docstring(node):
-                yield name, text
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                pending.append((f"{name}.{child.name}", child))
+        if text := ast.get_docstring(node):
+            yield name, text
+        pending += [
+            (f"{name}.{child.name}", child)
+            for child in node.body
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        ]
 
 
 def _lesson(title: str, docstring: str) -> tuple[str, str] | None:
     """``What is textwrap.fill?`` with the first sentence of its docstring."""
     sentence = " ".join(docstring.split("\n\n")[0].split())
-    plain = sentence and sentence[0] in string.ascii_uppercase and sentence.endswith(".") and len(sentence) < 160
+    plain = (
+        sentence and sentence[0] in string.ascii_uppercase and sentence.endswith(".") and len(sentence) < 160
+    )
     return (f"What is {title}?", sentence) if plain and "._" not in title and title[0] != "_" else None
 
 
@@ -401,7 +448,8 @@ class Packer:
     def create(cls, tokenizer: Tokenizer, corpus: Corpus) -> Packer:
         def encode(texts: tuple[str, ...]) -> tuple[np.ndarray, ...]:
             return tuple(
-                np.asarray(e.ids, np.int32) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)
+                np.asarray(e.ids, np.int32)
+                for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)
             )
 
         return cls(tokenizer, corpus.lessons, encode(corpus.prose), encode(corpus.code))
@@ -417,24 +465,24 @@ class Packer:
                 pieces = iter(zip(flat, encoded, strict=True))
                 for document in batch:
                     parts = [next(pieces) for _ in document]
-                    weights = [(1.0 if s.learn else self.question_weight, len(e.ids)) for s, e in parts]
+                    weight = [1.0 if s.learn else self.question_weight for s, _ in parts]
                     yield (
                         np.concatenate([np.asarray(e.ids, np.int32) for _, e in parts]),
-                        np.repeat(*(np.asarray(x) for x in zip(*weights, strict=True))).astype(np.float32),
+                        np.repeat(np.asarray(weight, np.float32), [len(e.ids) for _, e in parts]),
                     )
 
         return _pack(documents(), rows, length)
 
     def text_rows(self, rng: random.Random, rows: int, length: int) -> Rows:
         """Rows of prose and code; a document is entered at its start or at a random place."""
-        end = self.tokenizer.token_to_id(END_OF_TEXT)
+        end = np.asarray([SPECIAL_TOKENS.index(END_OF_TEXT)], np.int32)
 
         def documents() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             while True:
                 texts = self.prose if rng.random() < self.prose_share else self.code
                 ids = rng.choices(texts, [len(t) for t in texts])[0]
                 start = 0 if rng.random() < 0.1 else rng.randrange(len(ids))
-                ids = np.append(ids[start:], np.int32(end))
+                ids = np.concatenate([ids[start:], end])
                 yield ids, np.ones(len(ids), np.float32)
 
         return _pack(documents(), rows, length)

@@ -42,8 +42,11 @@ def prepending_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
-    """Sentencepiece with the Metaspace decoder, which drops every space of the first token."""
-    tokenizer = Tokenizer(_byte_fallback_bpe())
+    """Sentencepiece with the Metaspace decoder, which drops every space of the first token.
+
+    It has a token for U+FFFD, which the other one writes as bytes.
+    """
+    tokenizer = Tokenizer(_byte_fallback_bpe(replacement="\ufffd"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")]
@@ -83,9 +86,9 @@ def _byte_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
 
 
-def _byte_fallback_bpe() -> models.BPE:
+def _byte_fallback_bpe(replacement: str = "") -> models.BPE:
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    letters = [*"▁abcdefghijklmnopqrstuvwxyz.,日本"]
+    letters = [*"▁abcdefghijklmnopqrstuvwxyz.,日本", *replacement]
     return _bpe(["<unk>", *bytes_, *letters], _SENTENCEPIECE_TOKENS, byte_fallback=True, unk_token="<unk>")
 
 

@@ -107,7 +107,9 @@ def _check(config: DecoderConfig) -> None:
     if config.activation != "silu":
         different.append("activation")
     if different:
-        raise ValueError(f"not a plain Llama model: {', '.join(sorted(different))} cannot be written to its config")
+        raise ValueError(
+            f"not a plain Llama model: {', '.join(sorted(different))} cannot be written to its config"
+        )
 
 
 def _bfloat16(tensor: np.ndarray) -> np.ndarray:

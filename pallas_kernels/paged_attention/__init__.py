@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax import Array
 
@@ -38,21 +38,33 @@ class Masking:
     softcap: float | None = None
 
 
-CacheShapes = Callable[[int, int, int, int], tuple[tuple[int, ...], tuple[int, ...]]]
-"""(num_blocks, block_size, kv_heads, head_dim) -> shapes of the K and the V cache; axes 0 and 1 are block, kv head."""
+class Shape(NamedTuple):
+    """Static facts of one layer's attention that decide how its work is cut up."""
 
-Write = Callable[[Array, Array, Array, Array, Array], tuple[Array, Array]]
-"""(k_cache, v_cache, k [T,K,H], v [T,K,H], slot_mapping [T]) -> the caches with k and v written."""
+    block_size: int
+    window: int | None = None
+    """A token sees itself and the window - 1 tokens before it; None = all."""
+    one_token_each: bool = False
+    """Every sequence has one token, so that token t is the token of sequence t (and T = S)."""
 
-Attend = Callable[[Array, Array, Array, Ragged, Masking], Array]
-"""(q [T,K,G,H], k_cache, v_cache, ragged, masking) -> [T,K,G,H] in q's dtype."""
+
+class Scoring(NamedTuple):
+    """What turns q.k into scores: multiplied by ``scale``, then softcap * tanh(. / softcap) if there is one."""
+
+    scale: float
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
 class PagedAttention:
-    """One implementation: it owns the layout of its cache."""
+    """One implementation. It owns the layout of its cache and the plan of its work."""
 
     name: str
-    cache_shapes: CacheShapes
-    write: Write
-    attend: Attend
+    cache_shapes: Callable[[int, int, int, int], tuple[tuple[int, ...], tuple[int, ...]]]
+    """(num_blocks, block_size, kv_heads, head_dim) -> shapes of the K and the V cache; axes 0 and 1 are block, kv head."""
+    write: Callable[[Array, Array, Array, Array, Array], tuple[Array, Array]]
+    """(k_cache, v_cache, k [T,K,H], v [T,K,H], slot_mapping [T]) -> the caches with k and v written."""
+    plan: Callable[[Ragged, int, Shape], Any]
+    """(ragged, T, shape) -> a pytree of arrays: the work of a step, made once for all layers of the same shape."""
+    attend: Callable[[Array, Array, Array, Any, Shape, Scoring], Array]
+    """(q [T,K,G,H], k_cache, v_cache, plan, shape, scoring) -> [T,K,G,H] in q's dtype."""

@@ -7,7 +7,7 @@ softmaxes by a one-hot product. Prefill chunks are cut into tiles of query token
 What the layout and the loop owe to measurements (2 cores, 32 sequences of 100-320 tokens, 12 KV heads, float32):
 - a gather of blocks as flat rows copies at 50 GB/s, of 4-d blocks at 35; fused into a product it drops to 12;
 - K as [block, kv_head, head_dim, token] makes q.K a product of row-major operands: 37 GB/s against 15;
-- 64 pairs a turn: smaller turns pay for the loop, larger ones leave the L2 cache;
+- up to 64 pairs a turn: smaller turns pay for the loop, larger ones leave the L2 cache;
 - bfloat16 products and elementwise passes run at a quarter of float32's speed, so blocks are widened as they are read.
 """
 
@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.paged_attention import Masking, PagedAttention, Ragged
+from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Shape
 
-PAIRS_PER_TURN = 64
+MAX_PAIRS_PER_TURN = 64
 QUERY_TILE = 64
 KEY_TILE = 128
 """Tokens of K and V that one turn of the prefill loop reads."""
@@ -59,18 +59,116 @@ def write(k_cache: Array, v_cache: Array, k: Array, v: Array, slot_mapping: Arra
     )
 
 
-def attend(q: Array, k_cache: Array, v_cache: Array, ragged: Ragged, masking: Masking) -> Array:
-    num_tokens, num_seqs = q.shape[0], ragged.kv_lens.shape[0]
+class Pairs(NamedTuple):
+    """(sequence, block) pairs of the decoding sequences, in order. All int32 [W] but ``count``.
+
+    ``low`` and ``high`` bound the block's tokens that the sequence's query sees. Pairs past ``count`` belong to
+    sequence S (nobody), block 0, and see nothing.
+    """
+
+    sequence: Array
+    block: Array
+    low: Array
+    high: Array
+    count: Array
+
+
+class Tiles(NamedTuple):
+    """Query tiles of the sequences with more than one token. All int32 [N] but ``count`` and ``tables``.
+
+    ``row``: first row of the tile; ``position``: of that row; ``end``: one past the position of its last own row;
+    ``first_block``: the first that any of its rows sees; ``sequence``: whose it is, a row of ``tables`` [S, B].
+    """
+
+    sequence: Array
+    row: Array
+    position: Array
+    end: Array
+    first_block: Array
+    tables: Array
+    count: Array
+
+
+class Plan(NamedTuple):
+    """Of a step: decoding sequences and prompt chunks. ``starts`` [S] is each sequence's first row, ``owner`` [T]
+    the decoding sequence of each row (S = none). Of these only ``pairs`` is there if every sequence has one token."""
+
+    pairs: Pairs
+    tiles: Tiles | None
+    starts: Array | None
+    owner: Array | None
+
+
+def plan(ragged: Ragged, num_tokens: int, shape: Shape) -> Plan:
     starts, ends = ragged.cu_q_lens[:-1], ragged.cu_q_lens[1:]
-    scaled = q.astype(jnp.float32) * masking.scale
-    decoded = _decode(_take(scaled, starts), ends - starts == 1, k_cache, v_cache, ragged, masking)
+    q_lens = ends - starts
+    pairs = _plan_pairs(ragged, jnp.where(q_lens == 1, ragged.kv_lens, 0), shape)
+    if shape.one_token_each:
+        return Plan(pairs, None, None, None)
     t = jnp.arange(num_tokens)
-    sequence = jnp.minimum(jnp.sum(t[:, None] >= ends[None], axis=1), num_seqs - 1)
-    is_decode = (t < ends[-1]) & (_take(ends - starts, sequence) == 1)
-    out = jnp.where(is_decode[:, None, None, None], _take(decoded, sequence), 0.0)
-    if num_tokens > 1:
-        out = _prefill(out, scaled, k_cache, v_cache, ragged, masking)
-    return out.astype(q.dtype)
+    sequence = jnp.sum((t[:, None] >= ends[None]).astype(jnp.int32), axis=1)
+    owner = jnp.where(_take(q_lens, sequence) == 1, sequence, q_lens.shape[0])
+    owner = jnp.where(t < ends[-1], owner, q_lens.shape[0])
+    return Plan(pairs, _plan_tiles(ragged, q_lens, num_tokens, shape), starts, owner)
+
+
+def _pairs_per_turn(num_seqs: int) -> int:
+    """Fewer for few sequences, which often have fewer blocks than a full turn."""
+    return min(MAX_PAIRS_PER_TURN, 16 * num_seqs)
+
+
+def _plan_pairs(ragged: Ragged, kv_lens: Array, shape: Shape) -> Pairs:
+    """``kv_lens`` is 0 for the sequences that are not decoding."""
+    num_seqs, width = ragged.block_tables.shape
+    size = shape.block_size
+    first = _first_seen(kv_lens - 1, shape)
+    num_blocks = -(-kv_lens // size) - first // size
+    ends = jnp.cumsum(num_blocks)
+    step = _pairs_per_turn(num_seqs)
+    w = jnp.arange(-(-num_seqs * width // step) * step, dtype=jnp.int32)
+    sequence = jnp.sum((w[:, None] >= ends[None]).astype(jnp.int32), axis=1)
+    live = w < ends[-1]
+    j = jnp.where(live, w - _take(ends - num_blocks, sequence) + _take(first // size, sequence), 0)
+    block = ragged.block_tables.at[sequence, j].get(mode="clip")
+    return Pairs(
+        sequence,
+        jnp.where(live, block, 0),
+        jnp.where(live, _take(first, sequence) - j * size, 0),
+        jnp.where(live, _take(kv_lens, sequence) - j * size, 0),
+        ends[-1],
+    )
+
+
+def _plan_tiles(ragged: Ragged, q_lens: Array, num_tokens: int, shape: Shape) -> Tiles:
+    num_seqs = q_lens.shape[0]
+    tile = min(QUERY_TILE, num_tokens)
+    tiles = jnp.where(q_lens > 1, -(-q_lens // tile), 0)
+    ends = jnp.cumsum(tiles)
+    i = jnp.arange(-(-num_tokens // tile) + num_seqs, dtype=jnp.int32)
+    sequence = jnp.minimum(jnp.sum((i[:, None] >= ends[None]).astype(jnp.int32), axis=1), num_seqs - 1)
+    offset = (i - _take(ends - tiles, sequence)) * tile
+    computed = _take(ragged.kv_lens - q_lens, sequence)
+    position = computed + offset
+    return Tiles(
+        sequence,
+        _take(ragged.cu_q_lens, sequence) + offset,
+        position,
+        jnp.minimum(position + tile, computed + _take(q_lens, sequence)),
+        _first_seen(position, shape) // shape.block_size,
+        ragged.block_tables,
+        ends[-1],
+    )
+
+
+def attend(q: Array, k_cache: Array, v_cache: Array, plan: Plan, shape: Shape, scoring: Scoring) -> Array:
+    scaled = q.astype(jnp.float32) * scoring.scale
+    if plan.tiles is None:
+        return _decode(scaled, k_cache, v_cache, plan.pairs, scoring).astype(q.dtype)
+    assert plan.starts is not None and plan.owner is not None
+    decoded = _decode(_take(scaled, plan.starts), k_cache, v_cache, plan.pairs, scoring)
+    mine = (plan.owner < decoded.shape[0])[:, None, None, None]
+    out = jnp.where(mine, _take(decoded, plan.owner), 0.0)
+    return _prefill(out, scaled, (k_cache, v_cache), plan.tiles, shape, scoring).astype(q.dtype)
 
 
 def _take(x: Array, index: Array) -> Array:
@@ -83,124 +181,106 @@ def _blocks(cache: Array, blocks: Array) -> Array:
     return rows.reshape(*blocks.shape, *cache.shape[1:]).astype(jnp.float32)
 
 
-def _capped(scores: Array, masking: Masking) -> Array:
-    return scores if masking.softcap is None else jnp.tanh(scores / masking.softcap) * masking.softcap
+def _capped(scores: Array, scoring: Scoring) -> Array:
+    return scores if scoring.softcap is None else jnp.tanh(scores / scoring.softcap) * scoring.softcap
 
 
-def _first_seen(position: Array, masking: Masking) -> Array:
+def _first_seen(position: Array, shape: Shape) -> Array:
     """First position that a token at ``position`` sees."""
-    return jnp.zeros_like(position) if masking.window is None else jnp.maximum(position - masking.window + 1, 0)
+    return jnp.zeros_like(position) if shape.window is None else jnp.maximum(position - shape.window + 1, 0)
 
 
-# -- one query token per sequence ------------------------------------------------------------------------------------
-
-
-def _decode(
-    q: Array, active: Array, k_cache: Array, v_cache: Array, ragged: Ragged, masking: Masking
-) -> Array:
-    """q [S,K,G,H], already scaled; active [S] says which rows are decoding -> float32 [S,K,G,H]."""
+def _decode(q: Array, k_cache: Array, v_cache: Array, pairs: Pairs, scoring: Scoring) -> Array:
+    """q [S,K,G,H], already scaled -> float32 [S,K,G,H]; zero for sequences without pairs."""
     num_seqs, kv_heads, group, head_dim = q.shape
-    size = v_cache.shape[2]
-    kv_lens = jnp.where(active, ragged.kv_lens, 0)
-    first_block = _first_seen(kv_lens - 1, masking) // size
-    num_blocks = -(-kv_lens // size) - jnp.where(active, first_block, 0)
-    ends = jnp.cumsum(num_blocks)
-    pairs = min(PAIRS_PER_TURN, num_seqs * ragged.block_tables.shape[1])
+    offsets = jnp.arange(v_cache.shape[2])[None]
+    step = _pairs_per_turn(num_seqs)
 
     def turn(i: Array, so_far: Partial) -> Partial:
-        w = i * pairs + jnp.arange(pairs)
-        live = w < ends[-1]
-        seq = jnp.minimum(jnp.sum(w[:, None] >= ends[None], axis=1), num_seqs - 1)
-        j = jnp.where(live, w - _take(ends - num_blocks, seq) + _take(first_block, seq), 0)
-        block = jnp.where(live, ragged.block_tables.at[seq, j].get(mode="clip"), 0)
-        position = j[:, None] * size + jnp.arange(size)[None]
-        last = _take(kv_lens, seq)[:, None] - 1
-        seen = live[:, None] & (position <= last) & (position >= _first_seen(last, masking))
-        one_hot = live[None] & (seq[None] == jnp.arange(num_seqs)[:, None])
+        sequence, block, low, high = (jax.lax.dynamic_slice_in_dim(x, i * step, step) for x in pairs[:4])
+        seen = (offsets >= low[:, None]) & (offsets < high[:, None])
         k, v = _blocks(k_cache, block), _blocks(v_cache, block)
-        scores = _capped(jnp.einsum("pkgh,pkht->pkgt", _take(q, seq), k), masking)
+        scores = _capped(jnp.einsum("pkgh,pkht->pkgt", _take(q, sequence), k), scoring)
         scores = jnp.where(seen[:, None, None], scores, MASKED)
         block_max = jnp.max(scores, axis=-1)
         weights = jnp.where(seen[:, None, None], jnp.exp(scores - block_max[..., None]), 0.0)
         values = jnp.einsum("pkgt,pkth->pkgh", weights, jnp.where(seen[:, None, :, None], v, 0.0))
-        return _merge(so_far, Partial(block_max, jnp.sum(weights, axis=-1), values), seq, one_hot)
+        return _merge(so_far, Partial(block_max, jnp.sum(weights, axis=-1), values), sequence)
 
     empty = Partial.empty((num_seqs, kv_heads, group), head_dim)
-    return jax.lax.fori_loop(0, -(-ends[-1] // pairs), turn, empty).normalized()
+    return jax.lax.fori_loop(0, -(-pairs.count // step), turn, empty).normalized()
 
 
-def _merge(so_far: Partial, blocks: Partial, seq: Array, one_hot: Array) -> Partial:
-    """Fold per-pair partials [P, ...] into per-sequence ones [S, ...]; one_hot [S, P] says whose they are."""
-    per_seq = jnp.where(one_hot[:, :, None, None], blocks.maximum[None], MASKED)
+def _merge(so_far: Partial, blocks: Partial, sequence: Array) -> Partial:
+    """Fold per-pair partials [P, ...] into per-sequence ones [S, ...]."""
+    owner = sequence[None] == jnp.arange(so_far.total.shape[0])[:, None]
+    per_seq = jnp.where(owner[:, :, None, None], blocks.maximum[None], MASKED)
     maximum = jnp.maximum(so_far.maximum, jnp.max(per_seq, axis=1))
     keep = jnp.exp(so_far.maximum - maximum)
-    weight = jnp.exp(blocks.maximum - _take(maximum, seq))
-    owner = one_hot.astype(jnp.float32)
+    weight = jnp.exp(jnp.minimum(blocks.maximum - _take(maximum, sequence), 0.0))
+    one_hot = owner.astype(jnp.float32)
     return Partial(
         maximum,
-        so_far.total * keep + jnp.einsum("sp,pkg->skg", owner, blocks.total * weight),
-        so_far.values * keep[..., None] + jnp.einsum("sp,pkgh->skgh", owner, blocks.values * weight[..., None]),
+        so_far.total * keep + jnp.einsum("sp,pkg->skg", one_hot, blocks.total * weight),
+        so_far.values * keep[..., None] + jnp.einsum("sp,pkgh->skgh", one_hot, blocks.values * weight[..., None]),
     )
 
 
-# -- chunks of prompt ------------------------------------------------------------------------------------------------
-
-
 def _prefill(
-    out: Array, q: Array, k_cache: Array, v_cache: Array, ragged: Ragged, masking: Masking
+    out: Array, q: Array, caches: tuple[Array, Array], tiles: Tiles, shape: Shape, scoring: Scoring
 ) -> Array:
     """Fill the rows of ``out`` [T,K,G,H] that belong to sequences with more than one query token."""
     num_tokens = q.shape[0]
     tile = min(QUERY_TILE, num_tokens)
-    starts, q_lens = ragged.cu_q_lens[:-1], jnp.diff(ragged.cu_q_lens)
-    tiles = jnp.where(q_lens > 1, -(-q_lens // tile), 0)
-    ends = jnp.cumsum(tiles)
     room = ((0, tile), (0, 0), (0, 0), (0, 0))  # so that the last tile's slice is never moved back
     q, out = jnp.pad(q, room), jnp.pad(out, room)
 
     def one_tile(i: Array, out: Array) -> Array:
-        seq = jnp.minimum(jnp.sum(i >= ends), starts.shape[0] - 1)
-        offset = (i - (ends - tiles)[seq]) * tile
-        row = starts[seq] + offset
-        position = ragged.kv_lens[seq] - q_lens[seq] + offset + jnp.arange(tile)
+        row, position, end = tiles.row[i], tiles.position[i], tiles.end[i]
         attended = _tile_over_keys(
             jax.lax.dynamic_slice_in_dim(q, row, tile),
-            position,
-            jnp.minimum(position[-1] + 1, ragged.kv_lens[seq]),
-            ragged.block_tables[seq],
-            (k_cache, v_cache),
-            masking,
+            position + jnp.arange(tile),
+            (tiles.first_block[i], end),
+            tiles.tables[tiles.sequence[i]],
+            caches,
+            (shape, scoring),
         )
-        mine = offset + jnp.arange(tile) < q_lens[seq]
+        mine = position + jnp.arange(tile) < end
         before = jax.lax.dynamic_slice_in_dim(out, row, tile)
         return jax.lax.dynamic_update_slice_in_dim(
             out, jnp.where(mine[:, None, None, None], attended, before), row, axis=0
         )
 
-    return jax.lax.fori_loop(0, ends[-1], one_tile, out)[:num_tokens]
+    return jax.lax.fori_loop(0, tiles.count, one_tile, out)[:num_tokens]
 
 
 def _tile_over_keys(
-    q: Array, position: Array, kv_len: Array, table: Array, caches: tuple[Array, Array], masking: Masking
+    q: Array,
+    position: Array,
+    bounds: tuple[Array, Array],
+    table: Array,
+    caches: tuple[Array, Array],
+    options: tuple[Shape, Scoring],
 ) -> Array:
-    """One tile of query tokens [Q,K,G,H] at ``position`` [Q] against its sequence's keys before ``kv_len``."""
-    k_cache, v_cache = caches
+    """One tile of query tokens [Q,K,G,H] at ``position`` [Q] against its sequence's keys, from block
+    ``bounds[0]`` to token ``bounds[1]``."""
+    (k_cache, v_cache), (shape, scoring), (first_block, end) = caches, options, bounds
     tile, kv_heads, group, head_dim = q.shape
-    size = v_cache.shape[2]
+    size = shape.block_size
     step = max(1, min(KEY_TILE // size, table.shape[0]))
-    first_block = _first_seen(position[0], masking) // size
     rows = jnp.moveaxis(q, 0, 2).reshape(kv_heads, group * tile, head_dim)
     row_position = jnp.tile(position, group)[:, None]
+    table = jnp.pad(table, (0, step))
 
     def turn(i: Array, so_far: Partial) -> Partial:
-        j = first_block + i * step + jnp.arange(step)
-        at = (j[:, None] * size + jnp.arange(size)[None]).reshape(-1)
-        real = at < kv_len
-        block = jnp.where(j * size < kv_len, table.at[j].get(mode="clip"), 0)
+        j = first_block + i * step
+        at = j * size + jnp.arange(step * size)
+        real = at < end
+        block = jnp.where(real[::size], jax.lax.dynamic_slice_in_dim(table, j, step), 0)
         k = jnp.moveaxis(_blocks(k_cache, block), 0, 2).reshape(kv_heads, head_dim, -1)
         v = jnp.moveaxis(_blocks(v_cache, block), 0, 1).reshape(kv_heads, -1, head_dim)
-        seen = real[None] & (at[None] <= row_position) & (at[None] >= _first_seen(row_position, masking))
-        scores = _capped(jnp.einsum("kmh,kht->kmt", rows, k), masking)
+        seen = real[None] & (at[None] <= row_position) & (at[None] >= _first_seen(row_position, shape))
+        scores = _capped(jnp.einsum("kmh,kht->kmt", rows, k), scoring)
         scores = jnp.where(seen[None], scores, MASKED)
         maximum = jnp.maximum(so_far.maximum, jnp.max(scores, axis=-1))
         keep = jnp.exp(so_far.maximum - maximum)
@@ -212,9 +292,9 @@ def _tile_over_keys(
             so_far.values * keep[..., None] + values,
         )
 
-    turns = -(-(-(-kv_len // size) - first_block) // step)
+    turns = -(-(-(-end // size) - first_block) // step)
     done = jax.lax.fori_loop(0, turns, turn, Partial.empty((kv_heads, group * tile), head_dim))
     return jnp.moveaxis(done.normalized().reshape(kv_heads, group, tile, head_dim), 2, 0)
 
 
-IMPLEMENTATION = PagedAttention("cpu", cache_shapes, write, attend)
+IMPLEMENTATION = PagedAttention("cpu", cache_shapes, write, plan, attend)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.paged_attention import Masking, PagedAttention, Ragged
+from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Shape
 
 
 def cache_shapes(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
@@ -23,7 +23,12 @@ def write(k_cache: Array, v_cache: Array, k: Array, v: Array, slot_mapping: Arra
     )
 
 
-def attend(q: Array, k_cache: Array, v_cache: Array, ragged: Ragged, masking: Masking) -> Array:
+def plan(ragged: Ragged, num_tokens: int, shape: Shape) -> Ragged:
+    return ragged
+
+
+def attend(q: Array, k_cache: Array, v_cache: Array, plan: Ragged, shape: Shape, scoring: Scoring) -> Array:
+    ragged = plan
     t = jnp.arange(q.shape[0])
     ends = ragged.cu_q_lens[1:]
     sequence = jnp.minimum(jnp.sum(t[:, None] >= ends[None], axis=1), ends.shape[0] - 1)
@@ -31,13 +36,13 @@ def attend(q: Array, k_cache: Array, v_cache: Array, ragged: Ragged, masking: Ma
 
     def one_token(q_t: Array, seq: Array, position: Array) -> Array:
         k, v = (_tokens(cache, ragged.block_tables[seq]) for cache in (k_cache, v_cache))
-        scores = jnp.einsum("kgh,skh->kgs", q_t.astype(jnp.float32), k) * masking.scale
-        if masking.softcap is not None:
-            scores = jnp.tanh(scores / masking.softcap) * masking.softcap
+        scores = jnp.einsum("kgh,skh->kgs", q_t.astype(jnp.float32), k) * scoring.scale
+        if scoring.softcap is not None:
+            scores = jnp.tanh(scores / scoring.softcap) * scoring.softcap
         s = jnp.arange(k.shape[0])
         seen = s <= position
-        if masking.window is not None:
-            seen &= s > position - masking.window
+        if shape.window is not None:
+            seen &= s > position - shape.window
         weights = jax.nn.softmax(jnp.where(seen[None, None], scores, -jnp.inf), axis=-1)
         return jnp.einsum("kgs,skh->kgh", weights, jnp.where(seen[:, None, None], v, 0.0))
 
@@ -51,4 +56,4 @@ def _tokens(cache: Array, table: Array) -> Array:
     return blocks.reshape(-1, *blocks.shape[2:]).astype(jnp.float32)
 
 
-IMPLEMENTATION = PagedAttention("reference", cache_shapes, write, attend)
+IMPLEMENTATION = PagedAttention("reference", cache_shapes, write, plan, attend)
