@@ -187,21 +187,24 @@ def _limits(args: EngineArgs, decoder: DecoderConfig, platform: str, dp: int) ->
 def _runner_config(args: EngineArgs, limits: SchedulerConfig, platform: str, dtype: jnp.dtype) -> RunnerConfig:
     # XLA:CPU has no fast path for bfloat16 products of fewer rows than this (2 GB/s of weights instead of 35).
     min_rows = 8 if platform == "cpu" and dtype != jnp.float32 else 1
-    largest = limits.max_num_batched_tokens
-    buckets = args.token_buckets or token_buckets(largest)
-    if sorted(set(buckets)) != list(buckets) or buckets[-1] != largest or buckets[0] < 1:
-        raise ValueError(
-            f"token_buckets={buckets!r}: they rise, and the last is max_num_batched_tokens={largest}"
-        )
+    tokens = args.token_buckets or token_buckets(limits.max_num_batched_tokens)
+    _check_buckets("token_buckets", tokens, "max_num_batched_tokens", limits.max_num_batched_tokens)
+    decode = args.decode_buckets or decode_buckets(limits.max_num_seqs)
+    _check_buckets("decode_buckets", decode, "max_num_seqs", limits.max_num_seqs)
     return RunnerConfig(
-        decode_buckets=decode_buckets(limits.max_num_seqs, min_rows),
-        token_buckets=tuple(buckets),
+        decode_buckets=tuple(sorted({max(b, min_rows) for b in decode})),
+        token_buckets=tuple(tokens),
         max_num_seqs=limits.max_num_seqs,
         blocks_per_sequence=limits.blocks_per_sequence,
         block_size=limits.block_size,
         kv_dtype=resolve_kv_dtype(args.kv_cache_dtype, dtype, platform),
         min_rows=min_rows,
     )
+
+
+def _check_buckets(name: str, buckets: tuple[int, ...], limit_name: str, limit: int) -> None:
+    if sorted(set(buckets)) != list(buckets) or buckets[-1] != limit or buckets[0] < 1:
+        raise ValueError(f"{name}={buckets!r}: whole numbers that rise, the last of them {limit_name}={limit}")
 
 
 def _num_blocks(args: EngineArgs, runner: ModelRunner, limits: SchedulerConfig, platform: str) -> int:

@@ -48,10 +48,10 @@ class SchedulerConfig:
         return -(-self.max_model_len // self.block_size)
 
 
-def decode_buckets(max_num_seqs: int, smallest: int = 1) -> tuple[int, ...]:
-    """Numbers of sequences that a decoding step is compiled for: powers of two from ``smallest``, and from 16 on
-    the halfway points, so that at most a third of a larger step is padding."""
-    sizes, size = {max(max_num_seqs, smallest)}, smallest
+def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
+    """Numbers of sequences that a decoding step is compiled for: powers of two, and from 16 on the halfway points,
+    so that at most a third of a larger step is padding."""
+    sizes, size = {max_num_seqs}, 1
     while size < max_num_seqs:
         sizes.add(size)
         if size >= 16 and size * 3 // 2 < max_num_seqs:

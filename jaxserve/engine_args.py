@@ -43,6 +43,7 @@ class EngineOptions(TypedDict, total=False):
     swap_space: float
     enable_prefix_caching: bool
     attention_backend: str | None
+    decode_buckets: tuple[int, ...] | None
     token_buckets: tuple[int, ...] | None
     compilation_cache_dir: str | None
     use_tqdm_on_load: bool
@@ -103,8 +104,12 @@ class EngineArgs:
     enable_prefix_caching: bool = False
     attention_backend: str | None = None
     """An implementation of ``pallas_kernels.dispatch``; None = the platform's default."""
+    decode_buckets: tuple[int, ...] | None = None
+    """Numbers of sequences that decoding steps are compiled for; None = powers of two up to max_num_seqs, and the
+    halfway points between larger ones."""
     token_buckets: tuple[int, ...] | None = None
-    """Numbers of tokens that steps are compiled for; None = powers of two and halfway points up to the limit."""
+    """Numbers of tokens that steps with prompt chunks are compiled for; None = powers of two from 64 up to
+    max_num_batched_tokens."""
     compilation_cache_dir: str | None = None
     """Where compiled programs are kept between runs; None = nowhere, unless jax is configured otherwise."""
     use_tqdm_on_load: bool = True

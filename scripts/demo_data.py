@@ -127,7 +127,14 @@ def _separator(rng: random.Random) -> str:
 
 def _add(rng: random.Random) -> Case:
     a, b = (_number(rng, (3, 7, 10)) for _ in range(2))
-    wordings = (f"{a} + {b}?", f"What is {a} + {b}?", f"What is {a}+{b}?", f"{a}+{b}", f"{a} + {b} =", f"Add {a} and {b}.")
+    wordings = (
+        f"{a} + {b}?",
+        f"What is {a} + {b}?",
+        f"What is {a}+{b}?",
+        f"{a}+{b}",
+        f"{a} + {b} =",
+        f"Add {a} and {b}.",
+    )
     return Case(f"add {min(a, b)} {max(a, b)}", wordings, str(a + b))
 
 

@@ -275,8 +275,8 @@ class Stop:
 
 def train(
     model: Model, params: Params, packer: data.Packer, recipe: Recipe, args: argparse.Namespace
-) -> Params:
-    """Train until the budget is used up or an interrupt asks to stop; leaves a checkpoint either way."""
+) -> bool:
+    """Train until the budget is used up (True) or an interrupt asks to stop; leaves a checkpoint either way."""
     checkpoint = args.out / "checkpoint.npz"
     optimiser = recipe.optimiser()
     state = optimiser.init(params)
@@ -345,9 +345,7 @@ def train(
             tqdm.write(f"[{run.seconds / 60:5.1f} min, step {run.step}] {line}", file=sys.stderr)
     bar.close()
     save_checkpoint(checkpoint, run, params, state)
-    if stop.requested:
-        print(f"stopped at {run.progress(recipe):.0%}; go on with --resume", file=sys.stderr)
-    return params
+    return not stop.requested
 
 
 class Scorer:
@@ -556,7 +554,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer.save(str(stored_tokenizer))
         packer = data.Packer.create(tokenizer, corpus)
         recipe = Recipe(seed=args.seed, minutes=args.minutes, steps=args.steps)
-        train(model, params, packer, recipe, args)
+        if not train(model, params, packer, recipe, args):
+            sys.exit("stopped, checkpoint saved; go on with --resume")
     run, params, _ = load_checkpoint(args.out / "checkpoint.npz", None)
     scores = evaluate(Scorer(model, tokenizer), params, data.read_corpus(held_out=True), args.cases)
     directory = args.export or args.out / "model"
