@@ -14,9 +14,8 @@ import psutil
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxserve.batch import BatchLayout
 from jaxserve.config import GIB, SchedulerConfig, decode_buckets, token_buckets
-from jaxserve.device_state import abstract_state, kv_bytes_per_block, state_bytes_per_device
+from jaxserve.device_state import kv_bytes_per_block, state_bytes_per_device
 from jaxserve.engine import Engine
 from jaxserve.engine_args import EngineArgs
 from jaxserve.models.config import DecoderConfig

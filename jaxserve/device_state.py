@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +43,12 @@ def abstract_state(
     kv = NamedSharding(mesh, rules.spec(KV_AXES))
     slot = NamedSharding(mesh, rules.spec(SLOT_AXES))
     rows = (dp, num_slots, config.vocab_size + config.vocab_padding)
-    keys, values = (
-        [jax.ShapeDtypeStruct((dp, *shape), kv_dtype, sharding=kv) for _ in config.layers] for shape in shapes
-    )
-    sampler = SamplerState(
-        jax.ShapeDtypeStruct(rows, jnp.float32, sharding=slot), jax.ShapeDtypeStruct(rows, jnp.int32, sharding=slot)
-    )
-    return DeviceState(keys, values, sampler)  # pyright: ignore[reportArgumentType]
+
+    def array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    keys, values = ([array((dp, *shape), kv_dtype, kv) for _ in config.layers] for shape in shapes)
+    return DeviceState(keys, values, SamplerState(array(rows, jnp.float32, slot), array(rows, jnp.int32, slot)))
 
 
 def allocate(abstract: DeviceState) -> DeviceState:

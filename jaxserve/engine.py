@@ -88,7 +88,9 @@ class Engine:
             for i in range(params.n)
         ]
         self._num_requests += 1
-        bad_words = bad_word_token_sequences(self.tokenizer, params.bad_words) if params.bad_words else []
+        bad_words: list[tuple[int, ...]] = []
+        if params.bad_words and self.tokenizer is not None:
+            bad_words = bad_word_token_sequences(self.tokenizer, params.bad_words)
         completions = [Completion(i, request, self.tokenizer) for i, request in enumerate(requests)]
         group = RequestGroup(request_id, prompt, params, completions)
         self._groups[request_id] = group

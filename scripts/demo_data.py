@@ -1,7 +1,7 @@
 """Data of the demo model: skills with exact answers, text from the Python installation, the tokenizer.
 
-Nothing is downloaded. Unseen means unseen: a skill's cases are split by a hash of what the case asks (whatever
-the wording), text by a hash of the file it comes from.
+Nothing is downloaded. Unseen means unseen: a skill's cases are split by a hash of what the case asks
+(whatever the wording), text by a hash of the file it comes from.
 """
 
 from __future__ import annotations
@@ -43,15 +43,14 @@ def _split(words: str) -> tuple[str, ...]:
 
 
 WORDS = _split(
-    "red blue green black white yellow cat dog bird fish horse cow tree leaf rose sun moon star sky rain snow wind "
-    "fire water sand stone gold iron wood glass paper book page word line door room house road city ship car train "
-    "bike hat shoe coat ring bell cup plate fork knife bread milk egg apple pear plum lemon rice salt tea cake hand "
-    "foot eye ear nose king queen child baker song drum game ball map key lock clock desk lamp box bag pen coin "
-    "river lake hill field farm bridge tower wall north south east west"
+    "red blue green black white yellow cat dog bird fish horse cow tree leaf rose sun moon star sky "
+    "rain snow wind fire water sand stone gold iron wood glass paper book page word line door room "
+    "house road city ship car train bike hat shoe coat ring bell cup plate fork knife bread milk egg "
+    "apple pear plum lemon rice salt tea cake hand foot eye ear nose king queen child baker song drum "
+    "game ball map key lock clock desk lamp box bag pen coin river lake hill field farm bridge tower "
+    "wall north south east west"
 )
-NAMES = _split(
-    "Ada Alan Anna Ben Carl Dora Emma Eva Finn Grace Hugo Ida Ivan Jane John Kim Leo Lisa Max Mia Noah Olga"
-)
+NAMES = _split("Ada Alan Anna Ben Carl Dora Emma Eva Finn Grace Hugo Ida Ivan Jane John Kim Leo Lisa Max Mia Noah Olga")
 CITIES = _split("Berlin Bonn Cairo Delhi Lima London Madrid Milan Oslo Paris Prague Riga Rome Tokyo Vienna")
 TEXT_FIELDS = {
     "name": NAMES,
@@ -140,9 +139,7 @@ def _add(rng: random.Random) -> Case:
 
 def _items(rng: random.Random) -> list[str]:
     n = rng.randint(3, 6)
-    return (
-        [str(rng.randint(0, 9)) for _ in range(n)] if rng.random() < 0.4 else [_word(rng) for _ in range(n)]
-    )
+    return [str(rng.randint(0, 9)) for _ in range(n)] if rng.random() < 0.4 else [_word(rng) for _ in range(n)]
 
 
 def _reverse(rng: random.Random) -> Case:
@@ -319,9 +316,7 @@ def read_corpus(*, held_out: bool) -> Corpus:
             text = _scrub(path.read_text(encoding="utf-8", errors="ignore"))
             prose.append(_html_text(text) if path.suffix == ".html" else text)
     prose += [_scrub(text) for topic, text in _topics() if is_held_out(f"topic {topic}") == held_out]
-    return Corpus(
-        tuple(t for t in prose if len(t) > 80), tuple(t for t in code if len(t) > 200), tuple(lessons)
-    )
+    return Corpus(tuple(t for t in prose if len(t) > 80), tuple(t for t in code if len(t) > 200), tuple(lessons))
 
 
 def _library_files(library: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
@@ -365,9 +360,7 @@ def _docstrings(source: str, module: str) -> Iterator[tuple[str, str]]:
 def _lesson(title: str, docstring: str) -> tuple[str, str] | None:
     """``What is textwrap.fill?`` with the first sentence of its docstring."""
     sentence = " ".join(docstring.split("\n\n")[0].split())
-    plain = (
-        sentence and sentence[0] in string.ascii_uppercase and sentence.endswith(".") and len(sentence) < 160
-    )
+    plain = sentence and sentence[0] in string.ascii_uppercase and sentence.endswith(".") and len(sentence) < 160
     return (f"What is {title}?", sentence) if plain and "._" not in title and title[0] != "_" else None
 
 
@@ -392,7 +385,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, seed: int) -> Tokenizer:
     skills = ["".join(s.text for s in skill_document(rng, corpus.lessons)) for _ in range(20_000)]
     texts = [re.sub(r"<\|\w+\|>", "", text) for text in skills] * 2
     texts += [*corpus.prose, *(source[:20_000] for source in corpus.code[::3])]
-    # Known words twice over, with and without the space before them, so that each is one token in both places.
+    # Known words with and without a space before them, so that each is one token in both places.
     texts += [f"{w}\n {w}\n" * 400 for w in (*WORDS, *NAMES, *CITIES, *TEXT_FIELDS, *NUMBER_FIELDS)]
     tokenizer = Tokenizer(models.BPE())
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
@@ -455,8 +448,7 @@ class Packer:
     def create(cls, tokenizer: Tokenizer, corpus: Corpus) -> Packer:
         def encode(texts: tuple[str, ...]) -> tuple[np.ndarray, ...]:
             return tuple(
-                np.asarray(e.ids, np.int32)
-                for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)
+                np.asarray(e.ids, np.int32) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)
             )
 
         return cls(tokenizer, corpus.lessons, encode(corpus.prose), encode(corpus.code))

@@ -1,7 +1,7 @@
-"""Train the demo model that ships in the wheel: a 2.75M-parameter Llama-shaped model, on CPU, without downloads.
+"""Train the demo model that ships in the wheel: Llama-shaped, 2.9M parameters, on CPU, without downloads.
 
-It learns a few skills that can be scored exactly (see ``demo_data.SKILLS``) and some English and Python from the
-installation's own standard library. The forward pass is the project's ``Decoder``.
+It learns a few skills that can be scored exactly (see ``demo_data.SKILLS``) and some English and Python from
+the installation's own standard library. The forward pass is the project's ``Decoder``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Batch = tuple[data.Rows, ...]
 
 
 def demo_config() -> DecoderConfig:
-    """Wide and shallow: larger products, and fewer attention scores per token, than a deep model of its size."""
+    """Wide and shallow: larger products and fewer attention scores than in a deep model of that size."""
     return DecoderConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
@@ -167,7 +167,7 @@ def with_bfloat16_projections(function: Callable[..., Array]) -> Callable[..., A
 class Recipe:
     """How to train. Progress is the share of the budget (minutes or steps) that is used up.
 
-    Minutes are of all cores together, as CPU time: work of others on the machine makes training longer, not worse.
+    Minutes are CPU time over the number of cores: other work on the machine makes training longer, not worse.
     """
 
     seed: int
@@ -249,14 +249,10 @@ def load_checkpoint(path: Path, state: optax.OptState | None) -> tuple[Run, Para
     """``state`` gives the optimiser state's structure; None leaves it out."""
     with np.load(path) as stored:
         run = Run(**json.loads(str(stored["run"])))
-        params = {
-            n.removeprefix("params/"): jnp.asarray(stored[n]) for n in stored if n.startswith("params/")
-        }
+        params = {n.removeprefix("params/"): jnp.asarray(stored[n]) for n in stored if n.startswith("params/")}
         if state is not None:
             leaves, structure = jax.tree.flatten(state)
-            state = jax.tree.unflatten(
-                structure, [jnp.asarray(stored[f"state/{i}"]) for i in range(len(leaves))]
-            )
+            state = jax.tree.unflatten(structure, [jnp.asarray(stored[f"state/{i}"]) for i in range(len(leaves))])
     return run, params, state
 
 
@@ -273,10 +269,8 @@ class Stop:
         signal.signal(number, signal.SIG_DFL)
 
 
-def train(
-    model: Model, params: Params, packer: data.Packer, recipe: Recipe, args: argparse.Namespace
-) -> bool:
-    """Train until the budget is used up (True) or an interrupt asks to stop; leaves a checkpoint either way."""
+def train(model: Model, params: Params, packer: data.Packer, recipe: Recipe, args: argparse.Namespace) -> bool:
+    """Train until the budget is used up (True) or an interrupt asks to stop; a checkpoint is left anyway."""
     checkpoint = args.out / "checkpoint.npz"
     optimiser = recipe.optimiser()
     state = optimiser.init(params)
@@ -289,9 +283,7 @@ def train(
     by_rows = NamedSharding(mesh, PartitionSpec("data"))
     loss = with_bfloat16_projections(model.loss)
 
-    def total_loss(
-        params: Params, arrays: Sequence[tuple[Array, Array]]
-    ) -> tuple[Array, tuple[Array, Array]]:
+    def total_loss(params: Params, arrays: Sequence[tuple[Array, Array]]) -> tuple[Array, tuple[Array, Array]]:
         skills, text = (loss(params, *rows) for rows in arrays)
         return recipe.skill_share * skills + (1 - recipe.skill_share) * text, (skills, text)
 
@@ -365,9 +357,7 @@ class Scorer:
         """
         cases = data.held_out_cases(skill, count, seed)
         pairs = [data.chat_form(c.wordings[0], c.answer) if chat else data.plain_form(c) for c in cases]
-        encoded = self.tokenizer.encode_batch(
-            [s.text for pair in pairs for s in pair], add_special_tokens=False
-        )
+        encoded = self.tokenizer.encode_batch([s.text for pair in pairs for s in pair], add_special_tokens=False)
         ids = np.zeros((count, 96), np.int32)
         answer = np.zeros((count, 96), bool)
         for row, (question, reply) in enumerate(zip(encoded[::2], encoded[1::2], strict=True)):
@@ -384,9 +374,7 @@ class Scorer:
         """Mean loss per token of held-out text, in nats."""
         batch = packer.text_rows(random.Random("held-out text"), rows, 256)
         losses = [
-            float(
-                self._loss(params, jnp.asarray(batch.ids[i : i + 8]), jnp.asarray(batch.weights[i : i + 8]))
-            )
+            float(self._loss(params, jnp.asarray(batch.ids[i : i + 8]), jnp.asarray(batch.weights[i : i + 8])))
             for i in range(0, rows, 8)
         ]
         return float(np.mean(losses))
@@ -444,11 +432,11 @@ def write_model(
 
 def model_card(model: Model, params: Params, run: Run, scores: Mapping[str, Any], size: int) -> str:
     config = model.config
-    count = sum(p.size for p in params.values())
+    count, cores = sum(p.size for p in params.values()), jax.device_count()
     examples = {skill: data.held_out_cases(skill, 1, seed=2)[0] for skill in data.SKILLS}
     rows = "\n".join(
-        f"| {skill} | `{examples[skill].wordings[0]}` | `{examples[skill].answer}` | {s['plain']:.1%} | {s['chat']:.1%} |"
-        for skill, s in scores["exact_match"].items()
+        f"| {name} | `{examples[name].wordings[0]}` | `{examples[name].answer}` | {s['plain']:.1%} | {s['chat']:.1%} |"
+        for name, s in scores["exact_match"].items()
     )
     completions = "\n".join(f"- {json.dumps(p)} → {json.dumps(c)}" for p, c in scores["completions"].items())
     today = datetime.datetime.now(tz=datetime.UTC).date()
@@ -459,8 +447,8 @@ download. {count:,} parameters, {size / 1e6:.1f} MB with its tokenizer, bfloat16
 
 ## Intended use
 
-Demonstrations and tests of the engine. It is not a useful language model: it knows a few mechanical skills and
-the look of Python and of its documentation, and what it says about anything else is made up.
+Demonstrations and tests of the engine. It is not a useful language model: it knows a few mechanical skills
+and the look of Python and of its documentation, and what it says about anything else is made up.
 
 ## Model
 
@@ -473,17 +461,17 @@ Prompts are `Q: 17 + 25?` and on the next line `A:` (the answer ends with a newl
 
 ## Data
 
-- Skills: questions made by a generator, with their exact answers. {data.HELD_OUT_PERCENT} % of all possible cases,
-  chosen by a hash of what is asked, are never trained on in any wording.
-- English and Python: the {data.library_name()} (sources, docstrings, `pydoc_data`, text files), under the
-  PSF license; mail and web addresses replaced. {data.HELD_OUT_PERCENT} % of the files are held out.
+- Skills: questions made by a generator, with their exact answers. {data.HELD_OUT_PERCENT} % of all possible
+  cases, chosen by a hash of what is asked, are never trained on in any wording.
+- English and Python: the {data.library_name()} (sources, docstrings, `pydoc_data`, text files), under
+  the PSF license; mail and web addresses replaced. {data.HELD_OUT_PERCENT} % of the files are held out.
 
 ## Training
 
-{run.step:,} steps, {run.tokens / 1e6:.1f} M tokens, {run.seconds / 60:.0f} minutes of {jax.device_count()} CPU cores
+{run.step:,} steps, {run.tokens / 1e6:.1f} M tokens, {run.seconds / 60:.0f} minutes of all {cores} CPU cores
 ({platform.machine()}; {run.wall_seconds / 60:.0f} minutes by the clock, next to other work), Muon and AdamW with
-warm-up and cosine decay, by `scripts/train_demo_model.py`.
-Final training loss per token: {run.losses.get("skills", math.nan):.3f} on skills (answers; questions count little),
+warm-up and cosine decay, by `scripts/train_demo_model.py`. Final training loss per token:
+{run.losses.get("skills", math.nan):.3f} on skills (answers; questions count little),
 {run.losses.get("text", math.nan):.2f} on text. Held-out text: {scores["text_loss"]:.2f} nats per token.
 
 ## Exact match
@@ -500,8 +488,8 @@ Final training loss per token: {run.losses.get("skills", math.nan):.3f} on skill
 
 ## Limits
 
-Numbers beyond three digits, lists beyond six items, other wordings than the trained ones and anything that asks for
-knowledge fail. Most of the training was on sequences of up to 256 tokens. English only.
+Numbers beyond three digits, lists beyond six items, other wordings than the trained ones and anything that
+asks for knowledge fail. Most of the training was on sequences of up to 256 tokens. English only.
 """
 
 
@@ -513,22 +501,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path("build/demo_model"), help="checkpoint and tokenizer (%(default)s)"
     )
     parser.add_argument("--export", type=Path, help="where the model is written (default: OUT/model)")
-    parser.add_argument(
-        "--minutes", type=float, default=40.0, help="budget: CPU time of all cores (%(default)s)"
-    )
+    parser.add_argument("--minutes", type=float, default=40.0, help="budget: CPU time of all cores (%(default)s)")
     parser.add_argument("--steps", type=int, help="a budget in steps instead of minutes")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from OUT's checkpoint, time used included"
-    )
-    parser.add_argument(
-        "--eval-only", action="store_true", help="score and write OUT's checkpoint, no training"
-    )
-    parser.add_argument(
-        "--cases", type=int, default=300, help="unseen cases per skill and form (%(default)s)"
-    )
-    parser.add_argument(
-        "--check-every", type=float, default=240.0, help="seconds between spot checks (%(default)s)"
-    )
+    parser.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint, time used included")
+    parser.add_argument("--eval-only", action="store_true", help="score and write OUT's checkpoint, no training")
+    parser.add_argument("--cases", type=int, default=300, help="unseen cases per skill and form (%(default)s)")
+    parser.add_argument("--check-every", type=float, default=240.0, help="seconds between spot checks (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokenizer and batches (%(default)s)")
     return parser.parse_args(argv)
 
@@ -536,8 +514,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     cores = len(os.sched_getaffinity(0))
-    # A device per core, each with its share of the rows: they meet once per step instead of in every operation,
-    # which is what a machine that others use too can stand.
+    # A device per core, each with its share of the rows: cores wait for each other once per step and not in
+    # every operation, so that one core that is busy elsewhere does not hold up the others.
     jax.config.update("jax_num_cpu_devices", cores)
     args.out.mkdir(parents=True, exist_ok=True)
     model, params = Model.create(demo_config(), args.seed)

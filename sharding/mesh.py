@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -86,7 +87,7 @@ class MeshConfig:
         return mesh
 
 
-def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Lay ``devices`` (default: all of the process's, in order) over the axes.
 
     All axes are ``Auto``: programs carry PartitionSpecs and XLA inserts the collectives.

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from jaxserve.models.config import DecoderConfig, LayerConfig, NormConfig, RopeConfig
 
@@ -25,7 +25,7 @@ def save_hf_llama(params: nnx.State, config: DecoderConfig, directory: Path) -> 
     flat = {".".join(map(str, path)): np.asarray(p[...]) for path, p in nnx.to_flat_state(params)}
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: _bfloat16(t) for name, t in hf_llama_tensors(flat, config).items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     (directory / "config.json").write_text(json.dumps(hf_llama_config(config), indent=2) + "\n")
 
 
@@ -82,7 +82,7 @@ def hf_llama_config(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _check(config: DecoderConfig) -> None:
-    rope = RopeConfig(dim=config.head_dim, theta=config.ropes[0].theta if config.ropes else 0.0)
+    """Compare with what a checkpoint can say: the sizes, the norm's epsilon and a plain rope's theta."""
     llama = DecoderConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -93,23 +93,17 @@ def _check(config: DecoderConfig) -> None:
         layers=(LayerConfig(),) * config.num_layers,
         max_position=config.max_position,
         norm=NormConfig("rms", config.norm.eps),
+        ropes=tuple(RopeConfig(config.head_dim, r.theta) for r in config.ropes[:1]),
         tied_embeddings=config.tied_embeddings,
         vocab_padding=config.vocab_padding,
         eos_token_ids=config.eos_token_ids,
     )
-    different = [
-        name
-        for name, value in vars(llama).items()
-        if name not in ("ropes", "activation") and getattr(config, name) != value
-    ]
-    if [(r.kind, r.dim) for r in config.ropes] != [(rope.kind, rope.dim)]:
-        different.append("ropes")
-    if config.activation != "silu":
-        different.append("activation")
+    ropes = [(r.kind, r.dim) for r in config.ropes]
+    different = {name for name, value in vars(llama).items() if getattr(config, name) != value} - {"ropes"}
+    different |= {"ropes"} if ropes != [("default", config.head_dim)] else set()
     if different:
-        raise ValueError(
-            f"not a plain Llama model: {', '.join(sorted(different))} cannot be written to its config"
-        )
+        names = ", ".join(sorted(different))
+        raise ValueError(f"not a plain Llama model: its config.json has no place for {names}")
 
 
 def _bfloat16(tensor: np.ndarray) -> np.ndarray:

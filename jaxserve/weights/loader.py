@@ -38,7 +38,10 @@ def param_shardings(
 
 def assemble(params: Mapping[str, nnx.Variable], arrays: Mapping[str, Any]) -> nnx.State:
     """The parameter state with ``arrays`` in place of the shapes."""
-    flat = {tuple(_key(p) for p in name.split(".")): v.replace(arrays[name]) for name, v in params.items()}
+    flat: dict[Any, nnx.Variable] = {
+        tuple(_key(part) for part in name.split(".")): variable.replace(arrays[name])
+        for name, variable in params.items()
+    }
     return nnx.from_flat_state(flat)
 
 

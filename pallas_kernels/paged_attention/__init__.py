@@ -38,6 +38,10 @@ class Masking:
     softcap: float | None = None
 
 
+CacheShapes = tuple[tuple[int, ...], tuple[int, ...]]
+"""Of the K and of the V cache; axes 0 and 1 are block and kv head."""
+
+
 class Shape(NamedTuple):
     """Static facts of one layer's attention that decide how its work is cut up."""
 
@@ -60,8 +64,8 @@ class PagedAttention:
     """One implementation. It owns the layout of its cache and the plan of its work."""
 
     name: str
-    cache_shapes: Callable[[int, int, int, int], tuple[tuple[int, ...], tuple[int, ...]]]
-    """(num_blocks, block_size, kv_heads, head_dim) -> shapes of the K and the V cache; axes 0 and 1 are block, kv head."""
+    cache_shapes: Callable[[int, int, int, int], CacheShapes]
+    """(num_blocks, block_size, kv_heads, head_dim) -> shapes of the two caches."""
     write: Callable[[Array, Array, Array, Array, Array], tuple[Array, Array]]
     """(k_cache, v_cache, k [T,K,H], v [T,K,H], slot_mapping [T]) -> the caches with k and v written."""
     plan: Callable[[Ragged, int, Shape], Any]

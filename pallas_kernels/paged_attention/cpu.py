@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Shape
+from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Shape
 
 MAX_PAIRS_PER_TURN = 64
 QUERY_TILE = 64
@@ -45,7 +45,7 @@ class Partial(NamedTuple):
         return self.values / jnp.maximum(self.total, 1e-30)[..., None]
 
 
-def cache_shapes(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+def cache_shapes(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> CacheShapes:
     """K [block, kv_head, head_dim, token], V [block, kv_head, token, head_dim]."""
     return (num_blocks, kv_heads, head_dim, block_size), (num_blocks, kv_heads, block_size, head_dim)
 
@@ -60,9 +60,9 @@ def write(k_cache: Array, v_cache: Array, k: Array, v: Array, slot_mapping: Arra
 
 
 class Pairs(NamedTuple):
-    """(sequence, block) pairs of the decoding sequences, in order. All int32 [W] but ``count``.
+    """(sequence, block) pairs of the decoding sequences, in order. All int32 [W] but ``total``.
 
-    ``low`` and ``high`` bound the block's tokens that the sequence's query sees. Pairs past ``count`` belong to
+    ``low`` and ``high`` bound the block's tokens that the sequence's query sees. Pairs past ``total`` belong to
     sequence S (nobody), block 0, and see nothing.
     """
 
@@ -70,11 +70,11 @@ class Pairs(NamedTuple):
     block: Array
     low: Array
     high: Array
-    count: Array
+    total: Array
 
 
 class Tiles(NamedTuple):
-    """Query tiles of the sequences with more than one token. All int32 [N] but ``count`` and ``tables``.
+    """Query tiles of the sequences with more than one token. All int32 [N] but ``total`` and ``tables``.
 
     ``row``: first row of the tile; ``position``: of that row; ``end``: one past the position of its last own row;
     ``first_block``: the first that any of its rows sees; ``sequence``: whose it is, a row of ``tables`` [S, B].
@@ -86,7 +86,7 @@ class Tiles(NamedTuple):
     end: Array
     first_block: Array
     tables: Array
-    count: Array
+    total: Array
 
 
 class Plan(NamedTuple):
@@ -208,7 +208,7 @@ def _decode(q: Array, k_cache: Array, v_cache: Array, pairs: Pairs, scoring: Sco
         return _merge(so_far, Partial(block_max, jnp.sum(weights, axis=-1), values), sequence)
 
     empty = Partial.empty((num_seqs, kv_heads, group), head_dim)
-    return jax.lax.fori_loop(0, -(-pairs.count // step), turn, empty).normalized()
+    return jax.lax.fori_loop(0, -(-pairs.total // step), turn, empty).normalized()
 
 
 def _merge(so_far: Partial, blocks: Partial, sequence: Array) -> Partial:
@@ -251,7 +251,7 @@ def _prefill(
             out, jnp.where(mine[:, None, None, None], attended, before), row, axis=0
         )
 
-    return jax.lax.fori_loop(0, tiles.count, one_tile, out)[:num_tokens]
+    return jax.lax.fori_loop(0, tiles.total, one_tile, out)[:num_tokens]
 
 
 def _tile_over_keys(

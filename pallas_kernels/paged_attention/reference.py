@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Shape
+from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Shape
 
 
-def cache_shapes(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+def cache_shapes(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> CacheShapes:
     """Both [block, kv_head, token, head_dim]."""
     shape = (num_blocks, kv_heads, block_size, head_dim)
     return shape, shape
