@@ -63,6 +63,7 @@ class Engine:
         self._groups: dict[str, RequestGroup] = {}
         self._owner: dict[str, tuple[RequestGroup, Completion]] = {}
         self._edits: dict[str, LogitEdits] = {}
+        self._biased_slots: set[tuple[int, int]] = set()
         self._num_requests = 0
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -107,6 +108,13 @@ class Engine:
         if outside is not None:
             raise ValueError(f"prompt token id {outside} is outside of the vocabulary (0 to {vocab - 1})")
         params.check_vocabulary(vocab)
+        if params.allowed_token_ids is not None and params.min_tokens:
+            ending = params.all_stop_token_ids(self.eos_token_ids)
+            if set(params.allowed_token_ids) <= set(ending):
+                raise ValueError(
+                    f"min_tokens={params.min_tokens} forbids the tokens that end a request, and allowed_token_ids "
+                    f"allows no others: {list(params.allowed_token_ids)}"
+                )
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise ValueError("stop and bad_words need a tokenizer, and this engine has none (skip_tokenizer_init)")
         room = self.scheduler.config.max_model_len - len(prompt)
@@ -164,19 +172,18 @@ class Engine:
 
     def _write_slots(self, schedule: SchedulerOutput) -> None:
         """Bring the device's sampler rows up to date for requests that enter a slot or whose edits changed."""
+        vocab = self.runner.decoder.vocab_size
         for replica, rows in enumerate(schedule.replicas):
             for s in rows:
-                edits, params = self._edits.get(s.request.request_id), s.request.params
-                if edits is None and not has_penalties(params):
+                request, slot = s.request, (replica, s.slot)
+                edits, output = self._edits.get(request.request_id), request.output_token_ids
+                bias = None if edits is None else edits.row(output, rewrite=s.is_new)
+                stale = s.is_new and (has_penalties(request.params) or slot in self._biased_slots)
+                if bias is None and not stale:
                     continue
-                output = s.request.output_token_ids
-                row = None if edits is None else edits.row(output, rewrite=s.is_new)
-                if row is None and not s.is_new:
-                    continue
-                vocab = self.runner.decoder.vocab_size
-                bias = np.zeros(vocab, np.float32) if row is None else row
-                counts = token_counts(s.request.prompt_token_ids, output, vocab)
-                self.runner.write_slot(replica, s.slot, bias, counts)
+                (self._biased_slots.discard if bias is None else self._biased_slots.add)(slot)
+                counts = token_counts(request.prompt_token_ids, output, vocab)
+                self.runner.write_slot(*slot, np.zeros(vocab, np.float32) if bias is None else bias, counts)
 
     def _deliver(self, advanced: list[Request]) -> list[RequestOutput]:
         """Text, stop strings and outputs of the requests that got a token."""
@@ -243,7 +250,10 @@ class Engine:
         for i, w in enumerate(wanted):
             top = slice(None) if w.num_top < 0 else slice(w.num_top)
             chosen = (w.target, float(scores.target[i]), int(scores.rank[i]))
-            entry = logprob_entry(chosen, scores.top_ids[i, top], scores.top_logprobs[i, top], self.tokenizer)  # pyright: ignore[reportArgumentType]
+            tokenizer = self.tokenizer if w.request.params.detokenize else None
+            entry = logprob_entry(
+                chosen, scores.top_ids[i, top].tolist(), scores.top_logprobs[i, top].tolist(), tokenizer
+            )
             group, completion = self._owner[w.request.request_id]
             if w.is_prompt:
                 assert group.prompt_logprobs is not None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -52,11 +53,14 @@ class LLM:
         return [finished[request_id] for request_id in sorted(finished, key=int)]
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[RequestOutput]:
         """Outputs as they come, step by step, of the kind that ``SamplingParams.output_kind`` asks for.
 
-        Leaving the loop early aborts what is unfinished.
+        Leaving the loop early aborts what is unfinished. One call at a time: while a stream is open, another call
+        raises RuntimeError.
         """
         return self._run(prompts, sampling_params, use_tqdm=False, final_only=False)
 
@@ -108,6 +112,8 @@ class LLM:
     def _run(
         self, prompts: Any, sampling_params: Any, use_tqdm: bool, final_only: bool
     ) -> Iterator[RequestOutput]:
+        if self.engine.has_unfinished:
+            raise RuntimeError("this LLM has a stream open: read it to its end or close() it first")
         texts_and_ids = [self._tokens_of(p) for p in as_prompts(prompts)]
         params = _params_for(len(texts_and_ids), sampling_params)
         if final_only:
@@ -137,7 +143,7 @@ class LLM:
         if isinstance(prompt, str):
             return prompt, list(self.get_tokenizer().encode(prompt))
         if not isinstance(prompt, Mapping):
-            return None, [int(t) for t in prompt]
+            return None, _token_ids(prompt)
         unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
         if unknown or len(prompt) != 1:
             raise ValueError(
@@ -147,12 +153,22 @@ class LLM:
         return self._tokens_of(next(iter(prompt.values())))
 
 
-def as_prompts(prompts: Any) -> list[Prompt]:
+def as_prompts(prompts: Any) -> list[Any]:
     """One prompt or many, as a list of prompts."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts {prompts!r}: text, token ids, a dict with either, or a list of these")
     prompts = list(prompts)
-    return [prompts] if prompts and all(isinstance(t, int) for t in prompts) else prompts
+    return [prompts] if prompts and all(isinstance(t, Integral) for t in prompts) else prompts
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    """Token ids as plain ints; ValueError for anything that is not a sequence of whole numbers."""
+    ids = list(prompt) if isinstance(prompt, Iterable) else [prompt]
+    if not isinstance(prompt, Iterable) or any(isinstance(t, bool) or not isinstance(t, Integral) for t in ids):
+        raise ValueError(f"prompt {prompt!r}: text, a list of token ids (whole numbers), or a dict with either")
+    return [int(t) for t in ids]
 
 
 def _params_for(count: int, params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:

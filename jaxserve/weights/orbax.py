@@ -1,10 +1,147 @@
-"""Orbax checkpoints: the decoder's own layout, saved once, restored onto any mesh."""
+"""Orbax checkpoints: the decoder's own layout, saved once, restored onto any mesh.
+
+A checkpoint directory holds ``params/`` (Orbax's) beside the Hugging Face config and tokenizer files. What is saved
+knows no mesh: every KV head once, no vocabulary padding. Both are made on the way back, where a mesh needs them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from jaxserve.models.config import DecoderConfig
+from jaxserve.weights.loader import abstract_params, assemble, param_shardings
+from sharding import ShardingRules
+
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Files of a Hugging Face directory that describe the model; weights and their indices are not among them."""
+CHUNK_BYTES = 4 << 20
+"""Arrays are stored in chunks of at most this size: a device that needs one shard reads little more than that."""
+MOST_CHUNKS_PER_SPLIT = 64
 
 
 def is_orbax(directory: Path) -> bool:
-    return (directory / "params").is_dir()
+    """Whether ``save`` wrote this directory."""
+    return (directory / "params" / "_METADATA").is_file()
 
 
-def restore(*args):
-    raise NotImplementedError
+def save(directory: Path, hf_directory: Path, params: nnx.State) -> None:
+    """Write ``params`` (of the model as stored: repeated heads and padding would be saved as they are) and the
+    files that describe the model. config.json comes last: without it a directory is no checkpoint."""
+    axes = {name: p.get_metadata()["axes"] for name, p in _flat(params).items()}
+    arrays = {name: p.get_value() for name, p in _flat(params).items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        save_args = {name: _save_args(array, axes[name]) for name, array in arrays.items()}
+        checkpointer.save((directory / "params").resolve(), arrays, save_args=save_args)
+    for path in sorted(p for pattern in COPIED for p in hf_directory.glob(pattern)):
+        if path.name != "config.json" and not path.name.endswith(".safetensors.index.json"):
+            shutil.copyfile(path, directory / path.name)
+    config = json.loads((hf_directory / "config.json").read_text())
+    config.pop("torch_dtype", None)  # the old name of dtype
+    config["dtype"] = str(arrays["unembedding.weight"].dtype)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _flat(params: nnx.State) -> dict[str, nnx.Variable]:
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(params)}
+
+
+def _save_args(array: Array, axes: tuple[str | None, ...]) -> ocp.SaveArgs:
+    """Chunks of one KV head each, or of ``CHUNK_BYTES``."""
+    # Orbax splits the longest axis by its divisors: a prime vocabulary would end in chunks of one column.
+    splits = any(max(array.shape) % n == 0 for n in range(2, MOST_CHUNKS_PER_SPLIT))
+    heads = tuple(i for i, axis in enumerate(axes) if axis == "kv_heads")
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES if splits else None, shard_axes=heads)
+
+
+def restore(
+    directory: Path,
+    stored: DecoderConfig,
+    decoder: DecoderConfig,
+    dtype: jnp.dtype,
+    mesh: Mesh,
+    rules: ShardingRules,
+) -> tuple[Any, nnx.State]:
+    """Graph definition and parameters on the mesh; every device reads only the shards that it needs.
+
+    ``decoder`` is ``stored`` fitted to the mesh: it may repeat KV heads and pad the vocabulary.
+    """
+    if not is_orbax(directory):
+        raise FileNotFoundError(f"{directory}: no Orbax checkpoint (params/); `jaxserve convert` writes one")
+    graph, params = abstract_params(decoder, dtype)
+    shardings = param_shardings(params, mesh, rules)
+    repeats = decoder.num_kv_heads // stored.num_kv_heads
+    _, read = abstract_params(replace(decoder, num_kv_heads=stored.num_kv_heads), dtype)
+    read_shardings = shardings | _shardings_of_heads(read, mesh, rules, repeats)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        path = (directory / "params").resolve()
+        _check_shapes(directory, checkpointer.metadata(path), abstract_params(stored, dtype)[1])
+        # A global shape larger than the stored one is filled up with zeros: the padding of the vocabulary.
+        restore_args = {
+            name: ocp.ArrayRestoreArgs(
+                dtype=dtype, sharding=read_shardings[name], global_shape=p.get_value().shape, strict=False
+            )
+            for name, p in read.items()
+        }
+        arrays = checkpointer.restore(path, restore_args=restore_args)
+    for name, variable in params.items():
+        if read_shardings[name] is not shardings[name]:
+            fit = partial(_repeat_heads, name, variable.get_value().shape, stored.group_size, repeats)
+            arrays[name] = jax.jit(fit, out_shardings=shardings[name])(arrays[name])
+    return graph, assemble(params, arrays)
+
+
+def _check_shapes(directory: Path, metadata: Any, expected: Mapping[str, nnx.Variable]) -> None:
+    """Restoring fills up or cuts whatever it finds to the shape it is asked for, so look first what is there."""
+    found = {name: tuple(array.shape) for name, array in metadata.item_metadata.tree.items()}
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        raise ValueError(f"{directory}: checkpoint and model disagree: missing {missing[:3]}, extra {unknown[:3]}")
+    for name, variable in expected.items():
+        if found[name] != variable.get_value().shape:
+            raise ValueError(
+                f"{directory}: {name} has shape {found[name]}, the config asks for {variable.get_value().shape}: "
+                "config.json and params/ do not belong together"
+            )
+
+
+def _shardings_of_heads(
+    read: Mapping[str, nnx.Variable], mesh: Mesh, rules: ShardingRules, repeats: int
+) -> dict[str, NamedSharding]:
+    """Of the parameters with an axis of KV heads, where there are fewer heads than ranks.
+
+    The heads do not divide over the ranks, but over groups of ``repeats`` ranks: the same devices with the axis cut
+    in two, the inner part named by no parameter.
+    """
+    if repeats == 1:
+        return {}
+    assert mesh.axis_names[-1] == rules.kv_heads
+    *outer, ranks = mesh.devices.shape
+    grid = mesh.devices.reshape(*outer, ranks // repeats, repeats)
+    groups = Mesh(grid, (*mesh.axis_names, "copy"), axis_types=(AxisType.Auto,) * grid.ndim)
+    with_heads = {name: p for name, p in read.items() if "kv_heads" in p.get_metadata()["axes"]}
+    return param_shardings(with_heads, groups, rules)
+
+
+def _repeat_heads(name: str, shape: tuple[int, ...], group: int, repeats: int, x: Array) -> Array:
+    """The parameter ``x``, stored with ``group`` query heads per KV head, for ``repeats`` times as many KV heads."""
+    if "k_norm" in name:
+        return jnp.repeat(x, repeats, axis=0)
+    if "qkv" not in name:
+        return x.reshape(shape)  # only query heads, which are as many as before
+    q, kv = x[..., :group, :], x[..., group:, :]  # [..., K, G+2, H]
+    q = q.reshape(*shape[:-2], group // repeats, shape[-1])
+    return jnp.concatenate([q, jnp.repeat(kv, repeats, axis=-3)], axis=-2)

@@ -204,11 +204,22 @@ def _decode(q: Array, k_cache: Array, v_cache: Array, pairs: Pairs, scoring: Sco
         scores = jnp.where(seen[:, None, None], scores, MASKED)
         block_max = jnp.max(scores, axis=-1)
         weights = jnp.where(seen[:, None, None], jnp.exp(scores - block_max[..., None]), 0.0)
-        values = jnp.einsum("pkgt,pkth->pkgh", weights, jnp.where(seen[:, None, :, None], v, 0.0))
-        return _merge(so_far, Partial(block_max, jnp.sum(weights, axis=-1), values), sequence)
+        return _merge(so_far, Partial(block_max, jnp.sum(weights, axis=-1), _weighted(weights, v, seen)), sequence)
 
     empty = Partial.empty((num_seqs, kv_heads, group), head_dim)
     return jax.lax.fori_loop(0, -(-pairs.total // step), turn, empty).normalized()
+
+
+def _weighted(weights: Array, v: Array, seen: Array) -> Array:
+    """Sum of v [P,K,t,H] by weights [P,K,G,t], leaving out what is not seen [P,t] -> [P,K,G,H].
+
+    With one query head per KV head a sum of products reads V once and needs no masked copy of it; with more, a
+    product is faster.
+    """
+    if weights.shape[2] == 1:
+        terms = jnp.where(seen[:, None, :, None], weights[:, :, 0, :, None] * v, 0.0)
+        return jnp.sum(terms, axis=2)[:, :, None]
+    return jnp.einsum("pkgt,pkth->pkgh", weights, jnp.where(seen[:, None, :, None], v, 0.0))
 
 
 def _merge(so_far: Partial, blocks: Partial, sequence: Array) -> Partial:

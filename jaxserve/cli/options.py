@@ -1,0 +1,164 @@
+"""The options that commands share, each defined once. Defaults are the engine's own."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jaxserve.engine_args import EngineArgs
+
+if TYPE_CHECKING:
+    from jaxserve.sampling_params import SamplingParams
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+
+
+def cache_directory() -> Path:
+    """Where compiled programs are kept between runs: the one place that reads the environment."""
+    own = os.environ.get("JAXSERVE_CACHE_DIR")
+    if own:
+        return Path(own) / "xla"
+    user = os.environ.get("XDG_CACHE_HOME")
+    return (Path(user) if user else Path.home() / ".cache") / "jaxserve" / "xla"
+
+
+def _engine(*names: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Engine")
+
+
+def _mesh(*names: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Mesh")
+
+
+def _sampling(*names: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Sampling")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Which model, in which precision, on which devices: enough to describe an engine without making it."""
+
+    model: Annotated[
+        str, _engine("--model", "-m", help='"demo", a checkpoint directory, or a hub name (owner/name).')
+    ] = "demo"
+    revision: Annotated[str | None, _engine("--revision", help="Branch, tag or commit on the hub.")] = None
+    hf_overrides: Annotated[
+        str | None, _engine("--hf-overrides", metavar="JSON", help="Entries that replace those of config.json.")
+    ] = None
+    dtype: Annotated[
+        str,
+        _engine("--dtype", metavar="DTYPE", help="auto (the checkpoint's), float32, bfloat16 or float16."),
+    ] = EngineArgs.dtype
+    kv_cache_dtype: Annotated[
+        str, _engine("--kv-cache-dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16.")
+    ] = EngineArgs.kv_cache_dtype
+    mesh: Annotated[str | None, _mesh("--mesh", metavar="MESH", help='A TOML mesh file, or "dp=2,tp=4".')] = None
+    tensor_parallel_size: Annotated[
+        int, _mesh("--tensor-parallel-size", "-tp", help="Devices that share each layer.")
+    ] = 1
+    data_parallel_size: Annotated[int, _mesh("--data-parallel-size", "-dp", help="Replicas.")] = 1
+    pipeline_parallel_size: Annotated[int, _mesh("--pipeline-parallel-size", "-pp", help="Stages of layers.")] = 1
+
+    def engine_options(self) -> dict[str, Any]:
+        """Keyword arguments of ``EngineArgs``."""
+        return asdict(self) | {"hf_overrides": _json_object("--hf-overrides", self.hf_overrides)}
+
+    def engine_args(self) -> EngineArgs:
+        return EngineArgs(**self.engine_options())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFlags(ModelFlags):
+    """Everything that ``LLM`` can be told from a command line."""
+
+    tokenizer: Annotated[
+        str | None, _engine("--tokenizer", help="Directory or hub name of the tokenizer, if not the model's.")
+    ] = None
+    skip_tokenizer_init: Annotated[
+        bool, _engine("--skip-tokenizer-init", help="No tokenizer: prompts and outputs are token ids.")
+    ] = False
+    load_format: Annotated[
+        str,
+        _engine("--load-format", metavar="FORMAT", help="auto, safetensors, orbax, or dummy (random weights)."),
+    ] = EngineArgs.load_format
+    seed: Annotated[int, _engine("--seed", help="Of sampling, and of dummy weights.")] = EngineArgs.seed
+    max_model_len: Annotated[
+        int | None, _engine("--max-model-len", help="Longest sequence in tokens; none = the model's.")
+    ] = None
+    max_num_seqs: Annotated[
+        int | None, _engine("--max-num-seqs", help="Sequences per step and replica; none = 64, GPU 256.")
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int | None,
+        _engine("--max-num-batched-tokens", help="Tokens per step and replica; none = 512, GPU 2048."),
+    ] = None
+    no_enable_chunked_prefill: Annotated[
+        bool, _engine("--no-enable-chunked-prefill", help="Never split a prompt over steps.")
+    ] = False
+    block_size: Annotated[int, _engine("--block-size", help="Tokens in one KV block.")] = EngineArgs.block_size
+    num_gpu_blocks_override: Annotated[
+        int | None, _engine("--num-gpu-blocks-override", help="KV blocks per replica, whatever the memory.")
+    ] = None
+    kv_cache_memory_bytes: Annotated[
+        int | None, _engine("--kv-cache-memory-bytes", help="Bytes of KV cache on each device.")
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float, _engine("--gpu-memory-utilization", help="Share of a GPU's memory to use.")
+    ] = EngineArgs.gpu_memory_utilization
+    attention_backend: Annotated[
+        str | None, _engine("--attention-backend", help="Paged attention to use; none = the platform's.")
+    ] = None
+    compilation_cache_dir: Annotated[
+        str | None,
+        _engine(
+            "--compilation-cache-dir",
+            help='Keeps compiled programs; "none" = nowhere. Default: the user\'s cache.',
+        ),
+    ] = None
+
+    def engine_options(self) -> dict[str, Any]:
+        options = super().engine_options()
+        options["enable_chunked_prefill"] = not options.pop("no_enable_chunked_prefill")
+        cache = options["compilation_cache_dir"] or str(cache_directory())
+        options["compilation_cache_dir"] = None if cache == "none" else cache
+        return options
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """What ``SamplingParams`` can be told from a command line."""
+
+    max_tokens: Annotated[int, _sampling("--max-tokens", help="Most tokens to generate.")] = 64
+    temperature: Annotated[float, _sampling("--temperature", help="0 = always the likeliest token.")] = 1.0
+    top_p: Annotated[float, _sampling("--top-p", help="Likeliest tokens up to this probability.")] = 1.0
+    top_k: Annotated[int, _sampling("--top-k", help="This many likeliest tokens; 0 = all.")] = 0
+    min_p: Annotated[float, _sampling("--min-p", help="Least share of the likeliest one's probability.")] = 0.0
+    presence_penalty: Annotated[float, _sampling("--presence-penalty", help="Against tokens generated before.")] = 0.0
+    frequency_penalty: Annotated[float, _sampling("--frequency-penalty", help="The same, per occurrence.")] = 0.0
+    repetition_penalty: Annotated[
+        float, _sampling("--repetition-penalty", help="Against tokens of prompt and output; 1 = off.")
+    ] = 1.0
+    stop: Annotated[list[str] | None, _sampling("--stop", help="Ends the text; may be repeated.")] = None
+    ignore_eos: Annotated[bool, _sampling("--ignore-eos", help="Go on after the end token.")] = False
+
+    def sampling_params(self, **more: Any) -> SamplingParams:
+        from jaxserve.sampling_params import SamplingParams
+
+        return SamplingParams(**asdict(self), **more)
+
+
+def _json_object(name: str, text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} {text!r}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f'{name} {text!r}: it is a JSON object, like {{"key": 1}}')
+    return value

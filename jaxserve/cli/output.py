@@ -1,0 +1,81 @@
+"""How commands write: tables for people, JSON for programs, progress only where somebody watches."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def watched() -> bool:
+    """Whether stderr is a terminal, so that a progress bar has a reader."""
+    return sys.stderr.isatty()
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def jsonable(value: Any) -> Any:
+    """Dataclasses as objects, infinite and undefined numbers as null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def bytes_text(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    power = min(int(math.log(count, 1024)), len(UNITS) - 1) if count >= 1 else 0
+    return f"{count:.0f} B" if power == 0 else f"{count / 1024**power:.1f} {UNITS[power]}"
+
+
+def count_text(count: float) -> str:
+    """7_241_732 -> "7.24 M"."""
+    for factor, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f}"
+
+
+def seconds_text(seconds: float) -> str:
+    if seconds < 0.001:
+        return f"{seconds * 1e6:.0f} µs"
+    return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def print_pairs(title: str, pairs: Mapping[str, str]) -> None:
+    """A headline, and names beside values."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    for name, value in pairs.items():
+        grid.add_row(Text("  " + name, style="dim"), Text(value))
+    console = Console(highlight=False)
+    console.print(Text(title, style="bold"))
+    console.print(grid)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=True)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)

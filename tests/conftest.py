@@ -1,0 +1,93 @@
+"""What all tests share: jax on simulated devices, strict about types and ranks, and tiny models to serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+from tiny_models import SMALL, Oracle, write_llama
+from tiny_tokenizers import byte_level_tokenizer
+
+from jaxserve import LLM
+
+REPOSITORY = Path(__file__).parent.parent
+GIB = 1 << 30
+NUM_DEVICES = 8
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".cache" / "xla-tests"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # With a limit, jax locks the cache's files; without one, parallel test runs read half-written programs.
+    jax.config.update("jax_compilation_cache_max_size", 4 * GIB)
+    # A test run that was killed may leave such a file behind. It is compiled again, with this warning.
+    config.addinivalue_line("filterwarnings", "default:Error (reading|writing) persistent compilation cache")
+    assert len(jax.devices()) == NUM_DEVICES  # made now, while their number can still be chosen
+
+    slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    settings.register_profile("tests", derandomize=True, deadline=None, max_examples=60, suppress_health_check=slow)
+    settings.load_profile("tests")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay in one process, because they share engines; parity tests share nothing."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path, _, _ = nodeid.partition("::")
+            return nodeid if path.endswith("test_parity.py") else path
+
+    return ByFile(config, log)
+
+
+@pytest.fixture(scope="session")
+def make_llm() -> Iterator[Callable[..., LLM]]:
+    """(model directory, **options besides those of SMALL) -> LLM; the same one for the same arguments, because
+    compiling takes seconds."""
+    made: dict[Any, LLM] = {}
+
+    def make(directory: Path, **options: Any) -> LLM:
+        key = (directory, tuple(sorted(options.items())))
+        if key not in made:
+            made[key] = LLM(directory, use_tqdm_on_load=False, **(SMALL | options))
+        return made[key]
+
+    yield make
+    for llm in made.values():
+        assert not llm.engine.has_unfinished
+        llm.engine.scheduler.check_integrity()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with a byte-level tokenizer; its vocabulary is the tokenizer's."""
+    tokenizer = byte_level_tokenizer()
+    directory = tmp_path_factory.mktemp("tiny")
+    tokenizer.save_pretrained(directory)
+    return write_llama(directory, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+
+
+@pytest.fixture(scope="session")
+def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama without a tokenizer, with a vocabulary that no mesh divides and fewer KV heads than four ranks."""
+    return write_llama(tmp_path_factory.mktemp("odd"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(make_llm: Callable[..., LLM], tiny_model: Path) -> LLM:
+    return make_llm(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_oracle(tiny_llm: LLM) -> Oracle:
+    return Oracle(tiny_llm)
