@@ -41,6 +41,8 @@ def generate(
 ) -> None:
     """Complete prompts: from arguments, a file, or stdin."""
     wanted = read_prompts(prompts or [], prompts_file)
+    if engine.skip_tokenizer_init and any(isinstance(p, str) or "prompt" in p for p in wanted):
+        raise ValueError('--skip-tokenizer-init: prompts are token ids then, given as JSONL {"prompt_token_ids": [1]}')
     params = sampling.sampling_params(n=n, logprobs=logprobs, detokenize=not engine.skip_tokenizer_init)
     from jaxserve.llm import LLM
 
@@ -52,7 +54,7 @@ def generate(
         print_json(outputs)
     else:
         for i, output in enumerate(outputs):
-            _print_output(output, f"{i + 1}/{len(outputs)}")
+            _print_output(output, f"{i + 1}/{len(outputs)}", as_text=params.detokenize)
     typer.echo(summary(outputs, seconds), err=True)
 
 
@@ -94,7 +96,7 @@ def summary(outputs: Sequence[RequestOutput], seconds: float) -> str:
     )
 
 
-def _print_output(output: RequestOutput, number: str) -> None:
+def _print_output(output: RequestOutput, number: str, as_text: bool) -> None:
     """The prompt, dimmed, and under it each completion with how it ended."""
     from rich.console import Console
     from rich.text import Text
@@ -106,7 +108,7 @@ def _print_output(output: RequestOutput, number: str) -> None:
         which = f" {completion.index + 1}/{len(output.outputs)}" if len(output.outputs) > 1 else ""
         ending = f" ({_ending(completion)}, {len(completion.token_ids)} tokens)"
         console.print(Text(f"━━ completion{which}", style="bold green") + Text(ending, style="dim"))
-        console.print(Text(completion.text if completion.text else str(completion.token_ids)))
+        console.print(Text(completion.text if as_text else str(completion.token_ids)))
         for position, entry in zip(completion.token_ids, completion.logprobs or [], strict=False):
             console.print(Text("   " + _logprob_line(position, entry), style="dim"))
     console.print()

@@ -52,6 +52,10 @@ def cache_shapes(num_blocks: int, block_size: int, kv_heads: int, head_dim: int)
 
 def write(k_cache: Array, v_cache: Array, k: Array, v: Array, slot_mapping: Array) -> tuple[Array, Array]:
     size = k_cache.shape[3]
+    if slot_mapping.shape[0] == 1:
+        # XLA turns a scatter of one row into an update slice, and then copies the whole cache (1 s a step, 1.2 GB)
+        # because a loop reads it afterwards. A second row, to the null block, keeps it a scatter, in place.
+        k, v, slot_mapping = jnp.tile(k, (2, 1, 1)), jnp.tile(v, (2, 1, 1)), jnp.pad(slot_mapping, (0, 1))
     block, offset = slot_mapping // size, slot_mapping % size
     return (
         k_cache.at[block, :, :, offset].set(k.astype(k_cache.dtype), mode="promise_in_bounds"),
