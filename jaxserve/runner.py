@@ -93,7 +93,9 @@ class ModelRunner:
         rules: ShardingRules,
     ) -> None:
         """``model``: graph definition and parameters of a Decoder, as ``nnx.split`` gives them."""
-        self.graph, self.params = model
+        self.graph, state = model
+        # A plain list: flattening nnx variables costs a millisecond a step.
+        self.params, self._tree = jax.tree.flatten(state)
         self.decoder, self.attention, self.config = decoder, attention, config
         self.mesh, self.rules = mesh, rules
         self.num_blocks = 0
@@ -125,6 +127,9 @@ class ModelRunner:
 
     def step_program(self, layout: BatchLayout, num_blocks: int) -> Any:
         """The compiled step for ``layout`` and a cache of ``num_blocks``."""
+        key = ("step", layout, num_blocks)
+        if key in self._programs:
+            return self._programs[key]
         dp = self.mesh.shape["dp"]
         buffer = jax.ShapeDtypeStruct((dp, layout.num_words), jnp.int32, sharding=self._per_replica)
         wanted = jax.ShapeDtypeStruct((4,), jnp.int32, sharding=self._replicated)
@@ -137,12 +142,12 @@ class ModelRunner:
 
         kind = "decode" if layout.one_token_each else "step"
         name = f"{kind}[tokens={layout.num_tokens}, seqs={layout.num_seqs}]"
-        return self._compile(name, ("step", layout, num_blocks), lower)
+        return self._compile(name, key, lower)
 
     def _score_program(self, rows: int, whole: bool) -> Any:
         dp, d = self.mesh.shape["dp"], self.decoder.hidden_size
         sharding = NamedSharding(self.mesh, self.rules.spec(("replica", None, None)))
-        hidden = jax.ShapeDtypeStruct((dp, rows, d), self.dtype, sharding=sharding)
+        hidden = jax.ShapeDtypeStruct((dp, rows, d), self.params[0].dtype, sharding=sharding)
         targets = jax.ShapeDtypeStruct((dp, rows), jnp.int32, sharding=self._per_replica)
         name = f"score[rows={rows}, {'whole vocabulary' if whole else f'top {TOP_LOGPROBS}'}]"
         lower = lambda: jax.jit(self._score, static_argnums=3).lower(self.params, hidden, targets, whole)  # noqa: E731
@@ -164,9 +169,14 @@ class ModelRunner:
 
         return self._compile("write_slot", "write_slot", lower)
 
+    def _model(self, params: list[Array]) -> Decoder:
+        return nnx.merge(self.graph, jax.tree.unflatten(self._tree, params))
+
     @property
-    def dtype(self) -> jnp.dtype:
-        return self.params["unembedding"]["weight"].get_value().dtype
+    def named_params(self) -> dict[str, Array]:
+        """Parameters by name, such as ``layers.0.attn.qkv``."""
+        state = nnx.to_flat_state(jax.tree.unflatten(self._tree, self.params))
+        return {".".join(map(str, path)): variable.get_value() for path, variable in state}
 
     def warm_up(self, num_blocks: int, progress: Callable[[Iterable[BatchLayout]], Iterable[BatchLayout]]) -> None:
         """Allocate the cache and compile every program that a request can need."""
@@ -226,10 +236,10 @@ class ModelRunner:
     # -- traced ----------------------------------------------------------------------------------------------------
 
     def _step(
-        self, params: Any, state: DeviceState, buffer: Array, wanted: Array, layout: BatchLayout
+        self, params: list[Array], state: DeviceState, buffer: Array, wanted: Array, layout: BatchLayout
     ) -> tuple[Array, Array, DeviceState]:
         """Embed, layers with their KV blocks, logits of every sequence's last token, sampling."""
-        model: Decoder = nnx.merge(self.graph, params)
+        model = self._model(params)
         batch = {name: unpack(buffer, layout, name) for name in layout.fields}
         paged = _PagedLayers(self, state, Ragged(**{name: batch[name] for name in Ragged._fields}), layout)
         hidden = model(
@@ -264,8 +274,8 @@ class ModelRunner:
             counts, slots, tokens, samples, penalties
         )
 
-    def _score(self, params: Any, hidden: Array, targets: Array, whole: bool) -> tuple[Array, ...]:
-        model: Decoder = nnx.merge(self.graph, params)
+    def _score(self, params: list[Array], hidden: Array, targets: Array, whole: bool) -> tuple[Array, ...]:
+        model = self._model(params)
         logprobs = jax.nn.log_softmax(model.unembed(hidden), axis=-1)
         if whole:
             return (logprobs,)

@@ -161,8 +161,7 @@ def main() -> None:
     )
     load = time.perf_counter() - start
     compiled = llm.compiled_programs()
-    decoder = llm.engine.runner
-    leaves = [v for path, v in _leaves(decoder.params) if "embedding" not in path.replace("unembedding", "")]
+    read = [x for name, x in llm.engine.runner.named_params.items() if name != "embedding.weight"]
     result = {
         "peer": "jaxserve",
         "model": Path(args.model).name,
@@ -172,19 +171,13 @@ def main() -> None:
         "programs": len(compiled),
         "compile_s": round(statistics.fsum(c.seconds for c in compiled), 1),
         "throughput": throughput(llm, args.repeats, args.mixed),
-        "latency": latency(llm, args.repeats + 1, sum(x.nbytes for x in leaves)),
+        "latency": latency(llm, args.repeats + 1, sum(x.nbytes for x in read)),
         "rss_mib": round(psutil.Process().memory_info().rss / 2**20),
     }
     if args.json:
         args.json.write_text(json.dumps(result))
     result["throughput"] = {k: v for k, v in result["throughput"].items() if k != "tokens"}
     print(json.dumps(result, indent=2))
-
-
-def _leaves(params: Any) -> list[tuple[str, Any]]:
-    import jax
-
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from jaxserve import LLM, SamplingParams
+from jaxserve import LLM, RequestOutput, SamplingParams
 from jaxserve.layers.attention import dense_causal_attention
+from jaxserve.outputs import CompletionOutput
 from jaxserve.tokenizer import bad_word_token_sequences
 
 LLAMA: dict[str, Any] = {
@@ -46,6 +47,27 @@ SMALL: dict[str, Any] = {
     "num_gpu_blocks_override": 130,
 }
 """Engine options with which prompts are computed in chunks, blocks fill up fast, and little is compiled."""
+
+
+PROMPT = [5, 6, 7, 60, 61]
+
+
+def run(llm: LLM, prompts: Any, params: Any) -> list[RequestOutput]:
+    """Generate, and see that nothing is left behind."""
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert not llm.engine.has_unfinished and not llm.engine.scheduler.has_unfinished
+    llm.engine.scheduler.check_integrity()
+    return outputs
+
+
+def one(llm: LLM, prompt: Any = PROMPT, **params: Any) -> CompletionOutput:
+    (output,) = run(llm, [prompt], SamplingParams(**params))
+    (completion,) = output.outputs
+    return completion
+
+
+def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[int]]:
+    return [completion.token_ids for output in outputs for completion in output.outputs]
 
 
 def write_llama(directory: Path, **entries: Any) -> Path:
