@@ -32,9 +32,11 @@ TOP_LOGPROBS = 20
 
 
 class CompileRecord(NamedTuple):
-    """One program that was compiled: its name and shape, how long it took, and whether warm-up was over."""
+    """One program that was compiled: its name and shape, when (seconds after the runner was made), how long it took,
+    and whether warm-up was over."""
 
     program: str
+    started: float
     seconds: float
     late: bool
 
@@ -102,6 +104,7 @@ class ModelRunner:
         self.state: DeviceState | None = None
         self.compiled: list[CompileRecord] = []
         self.warm = False
+        self._made = time.perf_counter()
         self._programs: dict[Any, Any] = {}
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._per_replica = NamedSharding(mesh, rules.spec(("replica", None)))
@@ -116,7 +119,8 @@ class ModelRunner:
             start = time.perf_counter()
             with jax.set_mesh(self.mesh):
                 self._programs[key] = lower().compile()
-            self.compiled.append(CompileRecord(name, time.perf_counter() - start, self.warm))
+            seconds = time.perf_counter() - start
+            self.compiled.append(CompileRecord(name, start - self._made, seconds, self.warm))
         return self._programs[key]
 
     def abstract_state(self, num_blocks: int) -> DeviceState:

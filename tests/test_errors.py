@@ -1,0 +1,162 @@
+"""What cannot be served is refused with one line that says why, and leaves the engine as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import PROMPT, Oracle, one, run, tokens_of
+
+from jaxserve import LLM, SamplingParams
+
+BAD_CALLS: dict[str, tuple[Any, Any, list[str]]] = {
+    "no tokens": ([[]], None, ["empty"]),
+    "no text": ("", None, ["empty"]),
+    "one of many is empty": ([PROMPT, []], None, ["empty"]),
+    "too long": ([[1] * 128], None, ["128", "127", "max_model_len"]),
+    "token id too large": ([[1, 288]], None, ["288", "287"]),
+    "negative token id": ([[1, -1]], None, ["-1"]),
+    "too few params": ([PROMPT] * 3, [SamplingParams()] * 2, ["2 sampling_params", "3 prompts"]),
+    "unknown key": ({"prompt": "a", "images": []}, None, ["images"]),
+    "two prompts in one": ({"prompt": "a", "prompt_token_ids": [1]}, None, ["prompt"]),
+    "stop token outside": (PROMPT, SamplingParams(stop_token_ids=[288]), ["stop_token_ids", "288"]),
+    "bias outside": (PROMPT, SamplingParams(logit_bias={300: 1.0}), ["logit_bias", "300"]),
+    "too many logprobs": (PROMPT, SamplingParams(logprobs=289), ["logprobs", "289", "288"]),
+    "nothing may be sampled": (
+        PROMPT,
+        SamplingParams(allowed_token_ids=[7], stop_token_ids=[7], min_tokens=2),
+        ["allowed_token_ids", "min_tokens"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_input_is_refused_and_the_engine_stays_usable(tiny_llm: LLM, case: str) -> None:
+    prompts, params, words = BAD_CALLS[case]
+    steps = tiny_llm.get_metrics().num_steps
+    with pytest.raises(ValueError) as error:
+        tiny_llm.generate(prompts, params, use_tqdm=False)
+    assert_one_line(error.value, *words)
+    assert tiny_llm.get_metrics().num_steps == steps
+    assert one(tiny_llm, temperature=0).token_ids
+
+
+def assert_one_line(error: BaseException, *words: str) -> None:
+    text = str(error)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize("prompt", [5, None, [1.5, 2], [[1.5, 2]], [[True]], [None], [["a"]]], ids=str)
+def test_what_is_no_prompt_is_refused(tiny_llm: LLM, prompt: Any) -> None:
+    with pytest.raises((ValueError, TypeError)) as error:
+        tiny_llm.generate(prompt, use_tqdm=False)
+    assert_one_line(error.value, "prompt")
+
+
+def test_an_array_of_token_ids_is_a_prompt(tiny_llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=4)
+    expected = tokens_of(run(tiny_llm, [PROMPT], params))
+    assert tokens_of(run(tiny_llm, [np.array(PROMPT)], params)) == expected
+    assert tokens_of(run(tiny_llm, np.array(PROMPT), params)) == expected
+
+
+def test_a_request_that_the_blocks_can_never_hold(make_llm: Callable[..., LLM], tiny_model: Path) -> None:
+    llm = make_llm(tiny_model, num_gpu_blocks_override=9)
+    with pytest.raises(ValueError) as error:
+        llm.generate([[1] * 30], SamplingParams(max_tokens=20), use_tqdm=False)
+    assert_one_line(error.value, "30 prompt tokens", "max_tokens=20", "13 KV blocks of 4", "has 8")
+    assert len(one(llm, [1] * 30, max_tokens=2, ignore_eos=True).token_ids) == 2
+    assert len(one(llm, [1] * 10, max_tokens=22, ignore_eos=True).token_ids) == 22
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_an_interrupted_call_leaves_nothing_behind(
+    tiny_llm: LLM, tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    real_step, left = tiny_llm.engine.runner.step, iter(range(steps))
+
+    def interrupted(batch: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return real_step(batch)
+
+    params = SamplingParams(temperature=0, max_tokens=20, presence_penalty=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_llm.engine.runner, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_llm.generate([PROMPT] * 7, params, use_tqdm=False)
+    assert not tiny_llm.engine.has_unfinished and not tiny_llm.engine.scheduler.has_unfinished
+    tiny_llm.engine.scheduler.check_integrity()
+    assert tokens_of(run(tiny_llm, [PROMPT] * 5, params)) == [tiny_oracle.greedy(PROMPT, params)] * 5
+
+
+UNSUPPORTED: dict[str, Any] = {
+    "enable_lora": True,
+    "quantization": "awq",
+    "speculative_config": {"num_speculative_tokens": 2},
+    "pipeline_parallel_size": 2,
+    "decode_context_parallel_size": 2,
+    "enable_prefix_caching": True,
+    "enable_expert_parallel": True,
+    "async_scheduling": True,
+    "trust_remote_code": True,
+    "scheduling_policy": "priority",
+    "swap_space": 4.0,
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_arguments_are_refused_by_name(tiny_model: Path, name: str) -> None:
+    with pytest.raises(NotImplementedError) as error:
+        LLM(tiny_model, **{name: UNSUPPORTED[name]})
+    assert_one_line(error.value, name, "not supported")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tensor_paralel_size": 2}, ["tensor_paralel_size", "tensor_parallel_size"]),
+        ({"dtype": "float8"}, ["dtype", "float8", "bfloat16"]),
+        ({"load_format": "gguf"}, ["load_format", "gguf", "safetensors"]),
+        ({"max_num_seqs": 0}, ["max_num_seqs", "0"]),
+        ({"block_size": -4}, ["block_size", "-4"]),
+        ({"gpu_memory_utilization": 1.5}, ["gpu_memory_utilization", "1.5"]),
+        ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, ["max_num_seqs", "64", "max_num_batched_tokens", "32"]),
+        ({"decode_buckets": (2, 1), "max_num_seqs": 2}, ["decode_buckets", "max_num_seqs"]),
+        ({"token_buckets": (16,), "max_num_batched_tokens": 32, "max_num_seqs": 2}, ["token_buckets", "32"]),
+        (
+            {"enable_chunked_prefill": False, "max_num_batched_tokens": 32, "max_num_seqs": 2},
+            ["enable_chunked_prefill"],
+        ),
+        ({"attention_backend": "flash"}, ["flash", "reference", "cpu"]),
+        ({"kv_cache_memory_bytes": 1000}, ["kv_cache_memory_bytes", "1,000"]),
+        ({"num_gpu_blocks_override": 1}, ["num_gpu_blocks_override"]),
+        ({"max_model_len": 8, "mesh": "tp=3"}, ["3", "8 query heads", "2 KV heads"]),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_wrong_arguments_are_refused_by_name(tiny_model: Path, options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises((ValueError, TypeError)) as error:
+        LLM(tiny_model, use_tqdm_on_load=False, **options)
+    assert_one_line(error.value, *words)
+
+
+def test_unsupported_arguments_of_generate(tiny_llm: LLM) -> None:
+    arguments: list[dict[str, Any]] = [{"lora_request": 1}, {"priority": 1}]
+    for argument in arguments:
+        with pytest.raises(NotImplementedError, match=next(iter(argument))):
+            tiny_llm.generate(PROMPT, use_tqdm=False, **argument)
+    with pytest.raises(NotImplementedError, match="structured_outputs"):
+        SamplingParams(structured_outputs={"json": {}})  # pyright: ignore[reportArgumentType]
+
+
+def test_a_model_that_is_not_there() -> None:
+    for name in ("no/such/directory", "./nowhere", "just-a-name"):
+        with pytest.raises(FileNotFoundError) as error:
+            LLM(name)
+        assert_one_line(error.value, name)
