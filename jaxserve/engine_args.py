@@ -124,6 +124,8 @@ class EngineArgs:
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks_override"):
             _at_least_one(name, getattr(self, name))
+        if self.num_gpu_blocks_override == 1:
+            raise ValueError("num_gpu_blocks_override=1: block 0 holds padding, so at least 2 are needed")
         _at_least_one("kv_cache_memory_bytes", self.kv_cache_memory_bytes)
         _at_least_one("block_size", self.block_size)
         if not 0 < self.gpu_memory_utilization <= 1:

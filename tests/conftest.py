@@ -59,7 +59,8 @@ def make_llm() -> Iterator[Callable[..., LLM]]:
     def make(directory: Path, **options: Any) -> LLM:
         key = (directory, tuple(sorted(options.items())))
         if key not in made:
-            made[key] = LLM(directory, use_tqdm_on_load=False, **(SMALL | options))
+            no_tokenizer = not (directory / "tokenizer.json").exists()
+            made[key] = LLM(directory, use_tqdm_on_load=False, skip_tokenizer_init=no_tokenizer, **(SMALL | options))
         return made[key]
 
     yield make
