@@ -173,7 +173,9 @@ class ModelRunner:
 
         return self._compile("write_slot", "write_slot", lower)
 
-    def _model(self, params: list[Array]) -> Decoder:
+    def model(self, params: list[Array] | None = None) -> Decoder:
+        """The decoder over ``params``: inside a program its arguments, outside of one (None) the runner's own."""
+        params = self.params if params is None else params
         return nnx.merge(self.graph, jax.tree.unflatten(self._tree, params))
 
     @property
@@ -243,7 +245,7 @@ class ModelRunner:
         self, params: list[Array], state: DeviceState, buffer: Array, wanted: Array, layout: BatchLayout
     ) -> tuple[Array, Array, DeviceState]:
         """Embed, layers with their KV blocks, logits of every sequence's last token, sampling."""
-        model = self._model(params)
+        model = self.model(params)
         batch = {name: unpack(buffer, layout, name) for name in layout.fields}
         paged = _PagedLayers(self, state, Ragged(**{name: batch[name] for name in Ragged._fields}), layout)
         hidden = model(
@@ -279,7 +281,7 @@ class ModelRunner:
         )
 
     def _score(self, params: list[Array], hidden: Array, targets: Array, whole: bool) -> tuple[Array, ...]:
-        model = self._model(params)
+        model = self.model(params)
         logprobs = jax.nn.log_softmax(model.unembed(hidden), axis=-1)
         if whole:
             return (logprobs,)

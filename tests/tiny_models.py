@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxserve import LLM, RequestOutput, SamplingParams
@@ -116,7 +115,7 @@ class Oracle:
         self.tokenizer, self.eos_token_ids = engine.tokenizer, engine.eos_token_ids
         self.length = engine.scheduler.config.max_model_len
         self.vocab_size = engine.runner.decoder.vocab_size
-        model = nnx.merge(engine.runner.graph, engine.runner.params)
+        model = engine.runner.model()
         attend = dense_causal_attention(engine.runner.decoder)
         positions = jnp.arange(self.length)[None]
         self._logits = jax.jit(lambda tokens: model.unembed(model(tokens, positions, attend))[0])

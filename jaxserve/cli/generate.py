@@ -107,7 +107,7 @@ def _print_output(output: RequestOutput, number: str, as_text: bool) -> None:
     for completion in output.outputs:
         which = f" {completion.index + 1}/{len(output.outputs)}" if len(output.outputs) > 1 else ""
         ending = f" ({_ending(completion)}, {len(completion.token_ids)} tokens)"
-        console.print(Text(f"━━ completion{which}", style="bold green") + Text(ending, style="dim"))
+        console.print(Text.assemble((f"━━ completion{which}", "bold green"), (ending, "dim")))
         console.print(Text(completion.text if as_text else str(completion.token_ids)))
         for position, entry in zip(completion.token_ids, completion.logprobs or [], strict=False):
             console.print(Text("   " + _logprob_line(position, entry), style="dim"))

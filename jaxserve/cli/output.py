@@ -50,7 +50,7 @@ def count_text(count: float) -> str:
 
 def seconds_text(seconds: float) -> str:
     if seconds < 0.001:
-        return f"{seconds * 1e6:.0f} µs"
+        return f"{seconds * 1e6:.1f} µs"
     return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
