@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -56,7 +56,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Outputs as they come, step by step, of the kind that ``SamplingParams.output_kind`` asks for.
 
         Leaving the loop early aborts what is unfinished. One call at a time: while a stream is open, another call
@@ -111,7 +111,7 @@ class LLM:
 
     def _run(
         self, prompts: Any, sampling_params: Any, use_tqdm: bool, final_only: bool
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         if self.engine.has_unfinished:
             raise RuntimeError("this LLM has a stream open: read it to its end or close() it first")
         texts_and_ids = [self._tokens_of(p) for p in as_prompts(prompts)]
@@ -128,7 +128,7 @@ class LLM:
             for request_id in ids:
                 self.engine.abort(request_id)
 
-    def _drain(self, count: int, use_tqdm: bool) -> Iterator[RequestOutput]:
+    def _drain(self, count: int, use_tqdm: bool) -> Generator[RequestOutput, None, None]:
         """Step until nothing is left; the bar counts finished requests and shows tokens per second."""
         before = replace(self.engine.metrics)
         with tqdm(total=count, desc="generating", unit="req", disable=not use_tqdm) as bar:

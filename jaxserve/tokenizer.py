@@ -31,6 +31,9 @@ _LONGEST_WINDOW = 64
 """Tokens decoded per step at most; only text that stays broken for that long reaches it."""
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
 def load_tokenizer(
     path_or_name: str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> Tokenizer:
@@ -41,6 +44,11 @@ def load_tokenizer(
     name = str(path_or_name)
     if _looks_like_path(name) and not Path(name).exists():
         raise ValueError(f"no tokenizer at {name!r}: no such file or folder")
+    if Path(name).is_dir() and not any((Path(name) / file).exists() for file in TOKENIZER_FILES):
+        raise ValueError(
+            f"no tokenizer in {name!r} (none of {', '.join(TOKENIZER_FILES)}): name another one with tokenizer=..., "
+            "or pass skip_tokenizer_init=True and give prompts as token ids"
+        )
     with _no_torch_advice():
         from transformers import AutoTokenizer
     options = {"revision": revision, "trust_remote_code": trust_remote_code}

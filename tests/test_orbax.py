@@ -130,19 +130,10 @@ def test_tokens_are_those_of_the_checkpoint_it_came_from(
     odd_model: Path, tmp_path: Path, make_llm: Callable[..., LLM]
 ) -> None:
     convert(odd_model, tmp_path)
-    options = {
-        "dtype": "float32",
-        "skip_tokenizer_init": True,
-        "max_num_batched_tokens": 16,
-        "max_num_seqs": 2,
-        "token_buckets": (16,),
-        "decode_buckets": (2,),
-        "num_gpu_blocks_override": 10,
-    }
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     prompts = [[5, 6, 7, 8, 9], [40, 3]]
     answers = [
-        [o.outputs[0].token_ids for o in make_llm(model, **options, **mesh).generate(prompts, params, use_tqdm=False)]
+        [o.outputs[0].token_ids for o in make_llm(model, **mesh).generate(prompts, params, use_tqdm=False)]
         for model, mesh in ((odd_model, {}), (tmp_path, {"mesh": "dp=2,tp=4"}))
     ]
     assert answers[0] == answers[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,10 +79,10 @@ class Conversation:
         """Raise ValueError now, rather than at the first question, if there is no usable chat template."""
         self._prompt([{"role": "user", "content": "?"}])
 
-    def ask(self, text: str) -> Iterator[CompletionOutput]:
+    def ask(self, text: str) -> Generator[CompletionOutput]:
         """Pieces of the answer as they come. What was said until then is kept, however the loop ends."""
         asked = [*self.turns, {"role": "user", "content": text}]
-        prompt = self._fitting_prompt(asked)
+        prompt, num_dropped = self._fitting_prompt(asked)
         answer: list[str] = []
         pieces = self.llm.stream([{"prompt_token_ids": prompt}], self.params)
         try:
@@ -91,17 +91,20 @@ class Conversation:
                     answer.append(piece.text)
                     yield piece
         finally:
-            pieces.close()  # pyright: ignore[reportAttributeAccessIssue] - aborts what is unfinished
-            self.turns = [*asked, {"role": "assistant", "content": "".join(answer)}]
+            pieces.close()  # aborts what is unfinished
+            if answer:
+                self.turns = [*asked[num_dropped:], {"role": "assistant", "content": "".join(answer)}]
+                self.forgotten += num_dropped
 
-    def _fitting_prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """The prompt of ``messages``, from which the oldest turns are dropped until there is room for an answer."""
+    def _fitting_prompt(self, messages: list[dict[str, str]]) -> tuple[list[int], int]:
+        """The prompt of ``messages`` without as many of the oldest as it takes to leave room for an answer, and how
+        many these are."""
         limit = self.llm.engine.scheduler.config.max_model_len
         room = min(self.params.max_tokens, limit // 4)
-        while len(prompt := self._prompt(messages)) + room > limit and len(messages) > 2:
-            del messages[:2]
-            self.forgotten += 2
-        return prompt
+        num_dropped = 0
+        while len(prompt := self._prompt(messages[num_dropped:])) + room > limit and len(messages) > num_dropped + 2:
+            num_dropped += 2
+        return prompt, num_dropped
 
     def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -170,7 +173,7 @@ def _stream(conversation: Conversation, text: str) -> None:
     except ValueError as error:
         typer.secho(f"error: {error}", err=True, fg="red")
     finally:
-        answer.close()  # pyright: ignore[reportAttributeAccessIssue]
+        answer.close()
     print()
     if conversation.forgotten > before:
         typer.secho(f"(the context is full: {conversation.forgotten - before} old messages forgotten)", dim=True)

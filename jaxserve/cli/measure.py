@@ -19,7 +19,7 @@ from jaxserve.engine_args import EngineArgs
 from jaxserve.llm import LLM
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 
-NOT_READ = ("embedding", "position_embedding")
+NOT_READ = ("embedding.weight", "position_embedding.weight")
 """Tables of which a step reads only the rows of its tokens."""
 
 
@@ -133,14 +133,12 @@ def floor(llm: LLM) -> dict[str, float]:
 def weight_bytes_read(llm: LLM) -> int:
     """Bytes of weights that share one memory and are read for every token."""
     runner = llm.engine.runner
-    read = {name: leaf for name, leaf in runner.params.items() if name not in NOT_READ}
-    platform = runner.mesh.devices.flat[0].platform
-    shards = [leaf.addressable_shards for leaf in jax.tree.leaves(read)]
-    one_memory = [s if platform == "cpu" else s[:1] for s in shards]
-    return sum(shard.data.nbytes for s in one_memory for shard in s)
+    on_cpu = runner.mesh.devices.flat[0].platform == "cpu"
+    read = [array.addressable_shards for name, array in runner.named_params.items() if name not in NOT_READ]
+    return sum(shard.data.nbytes for shards in read for shard in (shards if on_cpu else shards[:1]))
 
 
-def read_bandwidth(device: jax.Device, num_bytes: int = GIB) -> float:
+def read_bandwidth(device: Any, num_bytes: int = GIB) -> float:
     """Bytes per second, the best of several reads of an array that no cache holds."""
     if device.platform != "cpu":
         return _device_bandwidth(device, num_bytes)
@@ -150,7 +148,7 @@ def read_bandwidth(device: jax.Device, num_bytes: int = GIB) -> float:
         return num_bytes / min(_timed(lambda: list(pool.map(np.max, parts))) for _ in range(5))
 
 
-def _device_bandwidth(device: jax.Device, num_bytes: int) -> float:
+def _device_bandwidth(device: Any, num_bytes: int) -> float:
     array = jax.device_put(jnp.ones((num_bytes // 4,), jnp.float32), device)
     largest = jax.jit(jnp.max)
     largest(array).block_until_ready()

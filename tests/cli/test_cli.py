@@ -18,7 +18,7 @@ import pytest
 import jaxserve.cli.measure as measure
 import jaxserve.llm
 from jaxserve import LLM, SamplingParams
-from jaxserve.build import ModelFiles
+from jaxserve.build import ModelFiles, load_model
 from jaxserve.cli import main
 from jaxserve.cli.bench import parse_range
 from jaxserve.cli.chat import Conversation
@@ -26,7 +26,6 @@ from jaxserve.cli.options import EngineFlags, cache_directory
 from jaxserve.cli.output import bytes_text, count_text, jsonable, seconds_text
 from jaxserve.engine_args import EngineArgs
 from jaxserve.sampling_params import RequestOutputKind
-from jaxserve.weights.loader import random_params
 from jaxserve.weights.orbax import is_orbax
 from sharding import MeshConfig, ShardingRules, build_mesh
 
@@ -53,7 +52,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         with pytest.raises(SystemExit) as exit_:
             main()
-        return Result(int(exit_.value.code or 0), *capsys.readouterr())
+        written = capsys.readouterr()
+        return Result(int(exit_.value.code or 0), written.out, written.err)
 
     return run
 
@@ -387,7 +387,7 @@ def test_the_oldest_turns_make_room(conversation: Conversation) -> None:
 def test_a_question_that_can_never_fit_is_an_error_and_not_remembered(conversation: Conversation) -> None:
     with pytest.raises(ValueError, match="max_model_len"):
         list(conversation.ask("x" * 200))
-    assert conversation.turns == []
+    assert (conversation.turns, conversation.forgotten) == ([], 0)
 
 
 # -- info, convert -------------------------------------------------------------------------------------------------
@@ -399,10 +399,11 @@ def test_info_counts_what_the_devices_would_hold(mesh: str, run: Run, odd_model:
     assert result.code == 0
     report = json.loads(result.out)
     config = MeshConfig.parse(mesh)
-    decoder = ModelFiles.find(EngineArgs(model=odd_model)).decoder
-    made = random_params(decoder.fit_to(config.tp), jnp.dtype("float32"), build_mesh(config), ShardingRules(), 0)
+    args = EngineArgs(model=odd_model, use_tqdm_on_load=False)
+    files = ModelFiles.find(args)
+    _, params = load_model(files, args, files.decoder.fit_to(config.tp), build_mesh(config), ShardingRules())
     held = dict.fromkeys(range(config.num_devices), 0)
-    for shard in (s for x in jax.tree.leaves(made[1]) for s in x.addressable_shards):
+    for shard in (s for x in jax.tree.leaves(params) for s in x.addressable_shards):
         held[shard.device.id] += shard.data.nbytes
     assert [d["weight_bytes"] for d in report["mesh"]["devices"]] == list(held.values())
     assert report["mesh"]["balanced"]

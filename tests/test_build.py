@@ -1,0 +1,63 @@
+"""How much KV memory an engine takes, and what it says when there is too little."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+from tiny_models import SMALL
+
+from jaxserve import LLM
+from jaxserve.build import GPU_RESERVE_BYTES, kv_bytes_on_gpu, step_bytes
+from jaxserve.config import GIB, decode_buckets, token_buckets
+
+BLOCK_BYTES = 2 * 2 * 4 * 2 * 8 * 4
+"""K and V, 2 layers, 4 tokens, 2 KV heads of 8 float32 numbers: a block of ``odd_model``."""
+
+
+def num_blocks(directory: Path, **options: object) -> int:
+    settings = {**SMALL, "num_gpu_blocks_override": None, **options}
+    return LLM(directory, skip_tokenizer_init=True, use_tqdm_on_load=False, **settings).engine.runner.num_blocks
+
+
+def test_kv_cache_memory_bytes_is_what_the_blocks_take(odd_model: Path) -> None:
+    assert num_blocks(odd_model, kv_cache_memory_bytes=50 * BLOCK_BYTES + 7) == 50
+
+
+def test_no_more_blocks_than_could_be_used(odd_model: Path) -> None:
+    """Four sequences of 128 tokens in blocks of four, and the null block."""
+    assert num_blocks(odd_model) == 1 + 4 * 128 // 4
+
+
+def test_a_cache_that_holds_nothing_is_refused_with_the_numbers(odd_model: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{BLOCK_BYTES:,}.*at least 2|kv_cache_memory_bytes leaves"):
+        num_blocks(odd_model, kv_cache_memory_bytes=BLOCK_BYTES)
+
+
+def test_what_a_gpu_has_left() -> None:
+    assert kv_bytes_on_gpu(80 * GIB, 0.9, 20 * GIB) == 72 * GIB - 20 * GIB - GPU_RESERVE_BYTES
+    assert kv_bytes_on_gpu(16 * GIB, 0.9, 20 * GIB) == 0
+
+
+def test_the_step_says_what_it_needs(make_llm: Callable[..., LLM], odd_model: Path) -> None:
+    """Weights, sampler rows, and a little for the step: independent of the number of blocks."""
+    runner = make_llm(odd_model).engine.runner
+    weights = sum(x.nbytes for x in jax.tree.leaves(runner.params))
+    rows = 2 * 4 * 4 * runner.decoder.vocab_size
+    runner.warm = False
+    try:
+        few, many = step_bytes(runner, 2), step_bytes(runner, 200)
+    finally:
+        runner.warm = True
+    assert weights + rows < few < weights + rows + (1 << 20)
+    assert abs(many - few) < 4096
+
+
+def test_buckets_cover_every_size() -> None:
+    assert decode_buckets(1) == (1,)
+    assert decode_buckets(64) == (1, 2, 4, 8, 16, 24, 32, 48, 64)
+    assert decode_buckets(20) == (1, 2, 4, 8, 16, 20)
+    assert token_buckets(512) == (64, 128, 256, 512)
+    assert token_buckets(40) == (40,)

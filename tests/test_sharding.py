@@ -1,0 +1,204 @@
+"""Meshes and rules refuse what does not fit; the compiled programs communicate and copy no more than they must."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxserve import LLM
+from jaxserve.models.config import DecoderConfig, LayerConfig
+from sharding import MESH_AXES, MeshConfig, ShardingRules, build_mesh, shard_shape, shardings_for
+from sharding.partition import bytes_per_device
+
+MakeLLM = Callable[..., LLM]
+
+# -- meshes and rules --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"), [("", (1, 1, 1, 1)), ("tp=4", (1, 1, 1, 4)), (" dp=2, tp=3 ,", (2, 1, 1, 3)), ("pp=2", (1, 2, 1, 1))]
+)
+def test_parse(text: str, sizes: tuple[int, ...]) -> None:
+    config = MeshConfig.parse(text)
+    assert config.shape == sizes
+    assert MeshConfig.parse(str(config)) == config
+
+
+@pytest.mark.parametrize("text", ["tp", "tp=", "tp=x", "tp=-1", "tp=0", "ep=2", "tp=2,tp=2", "tp=2;dp=2", "tp=1.5"])
+def test_parse_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match="mesh"):
+        MeshConfig.parse(text)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.0, True, "2"])
+def test_sizes_are_whole_numbers(size: object) -> None:
+    with pytest.raises(ValueError, match="tp="):
+        MeshConfig(tp=size)  # pyright: ignore[reportArgumentType]
+
+
+def test_from_file(tmp_path: Path) -> None:
+    path = tmp_path / "mesh.toml"
+    path.write_text("[axes]\ndp = 2\ntp = 4\n")
+    assert MeshConfig.from_file(path) == MeshConfig(dp=2, tp=4)
+    assert MeshConfig.resolve(path, tp=4) == MeshConfig.resolve(str(path)) == MeshConfig(dp=2, tp=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[axes]\nep = 2", "ep"),
+        ("[axes]\n[other]\n", "other"),
+        ("", "axes"),
+        ("[axes", "line 1"),
+        ("axes = 3", "axes"),
+        ("[axes]\ntp = 'x'", "tp="),
+    ],
+)
+def test_from_file_refuses(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "mesh.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said) as error:
+        MeshConfig.from_file(path)
+    assert "\n" not in str(error.value)
+
+
+def test_resolve() -> None:
+    assert MeshConfig.resolve(None, tp=2, dp=3) == MeshConfig(dp=3, tp=2)
+    assert MeshConfig.resolve("tp=2", tp=2, dp=1) == MeshConfig.resolve(MeshConfig(tp=2)) == MeshConfig(tp=2)
+    with pytest.raises(ValueError, match="tp=2.*says 4"):
+        MeshConfig.resolve("tp=2", tp=4)
+
+
+def test_build_mesh() -> None:
+    mesh = build_mesh(MeshConfig(dp=2, tp=4))
+    assert mesh.axis_names == MESH_AXES
+    assert [d.id for d in mesh.devices.flat] == list(range(8))
+    assert [d.id for d in mesh.devices[1].flat] == [4, 5, 6, 7]
+    with pytest.raises(ValueError, match=r"16 devices.* 8 .*JAX_NUM_CPU_DEVICES=16"):
+        build_mesh(MeshConfig(dp=4, tp=4))
+
+
+def test_rules() -> None:
+    rules = ShardingRules()
+    assert rules.spec(("embed", "kv_heads", None)) == PartitionSpec(None, "tp", None)
+    with pytest.raises(ValueError, match=r"vocab.*mlp.*twice"):
+        rules.spec(("vocab", "mlp"))
+    with pytest.raises(ValueError, match=r"'heads'.*known: .*kv_heads"):
+        rules.spec(("heads",))
+    assert ShardingRules(vocab=None).spec(("vocab", "mlp")) == PartitionSpec(None, "tp")
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return build_mesh(MeshConfig(dp=2, tp=4))
+
+
+def test_shard_shapes(mesh: Mesh) -> None:
+    rules, shapes, axes = ShardingRules(), {"w": (6, 8), "b": (12,)}, {"w": ("embed", "mlp"), "b": ("vocab",)}
+    assert shard_shape("w", shapes["w"], axes["w"], mesh, rules) == (6, 2)
+    for name, sharding in shardings_for(shapes, axes, mesh, rules).items():
+        assert sharding.shard_shape(shapes[name]) == shard_shape(name, shapes[name], axes[name], mesh, rules)
+    assert bytes_per_device(shapes, axes, 4, mesh, rules) == (6 * 2 + 3) * 4
+    with pytest.raises(ValueError, match=r"w: axis 'mlp' has size 10, which tp=4 does not divide.*: 1, 2, 5, 10"):
+        shardings_for({"w": (6, 10)}, {"w": ("embed", "mlp")}, mesh, rules)
+    with pytest.raises(ValueError, match=r"w: .*2 axes"):
+        shard_shape("w", (6, 8), ("embed",), mesh, rules)
+
+
+def test_a_model_that_tp_does_not_divide_is_refused() -> None:
+    def decoder(heads: int, kv_heads: int, ffn: int) -> DecoderConfig:
+        return DecoderConfig(101, 64, ffn, heads, kv_heads, 8, (LayerConfig(),), 64)
+
+    fitted = decoder(12, 2, 48).fit_to(4)
+    assert (fitted.num_kv_heads, fitted.group_size, fitted.vocab_padding) == (4, 3, 3)
+    assert decoder(12, 4, 48).fit_to(2).num_kv_heads == 4
+    for config, tp, fits in ((decoder(12, 2, 48), 3, "1, 2, 4, 6, 12"), (decoder(8, 8, 36), 8, "1, 2, 4")):
+        with pytest.raises(ValueError) as error:
+            config.fit_to(tp)
+        for part in (f"={tp} ", f"{config.num_heads} query", f"{config.num_kv_heads} KV", f"size {config.intermediate_size}"):
+            assert part in str(error.value)
+        assert str(error.value).endswith(f"fit: {fits}")
+
+
+# -- what the compiled programs do ---------------------------------------------------------------------------------------
+
+MESHES = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute", "collective-broadcast")
+
+
+@pytest.fixture(scope="module", params=MESHES, ids=lambda m: f"tp={m[0]},dp={m[1]}")
+def llm(request: pytest.FixtureRequest, make_llm: MakeLLM, odd_model: Path) -> LLM:
+    tp, dp = request.param
+    return make_llm(odd_model, tensor_parallel_size=tp, data_parallel_size=dp, num_gpu_blocks_override=21)
+
+
+def tp_of(llm: LLM) -> int:
+    return llm.engine.runner.mesh.shape["tp"]
+
+
+def steps(llm: LLM) -> dict[str, jax.stages.Compiled]:
+    """Compiled steps, decoding and mixed."""
+    programs = llm.engine.runner._programs
+    found = {"decode" if key[1].one_token_each else "mixed": p for key, p in programs.items() if key[0] == "step"}
+    assert set(found) == {"decode", "mixed"}
+    return found
+
+
+def collectives(program: jax.stages.Compiled) -> Counter[tuple[str, str]]:
+    """(kind, where: "layer_3/attention", or "outside of layers") of every collective in the optimised program."""
+    found: Counter[tuple[str, str]] = Counter()
+    for line in program.as_text().splitlines():
+        operation = re.search(r"= .*?\b(%s)(-start)?\(" % "|".join(COLLECTIVES), line)
+        if operation:
+            where = re.search(r'op_name="[^"]*?(layer_\d+/\w+)', line)
+            found[operation[1], where[1] if where else "outside of layers"] += 1
+    return found
+
+
+@pytest.mark.parametrize("kind", ["decode", "mixed"])
+def test_two_all_reduces_per_layer(llm: LLM, kind: str) -> None:
+    found = collectives(steps(llm)[kind])
+    layers = [f"layer_{i}/{part}" for i in range(llm.engine.runner.decoder.num_layers) for part in ("attention", "mlp")]
+    if tp_of(llm) == 1:
+        assert not found
+        return
+    assert {name for name, _ in found} == {"all-reduce"}
+    inside = {where: count for (_, where), count in found.items() if where != "outside of layers"}
+    assert inside == dict.fromkeys(layers, 1)
+
+
+def test_every_device_holds_the_same_share_of_the_weights(llm: LLM) -> None:
+    leaves = jax.tree.leaves(llm.engine.runner.params)
+    held = Counter[int]()
+    for leaf in leaves:
+        for shard in leaf.addressable_shards:
+            held[shard.device.id] += shard.data.nbytes
+    assert len(held) == llm.engine.runner.mesh.size
+    assert max(held.values()) <= 1.02 * min(held.values())
+    repeated = sum(leaf.nbytes for leaf in leaves) / tp_of(llm)
+    assert max(held.values()) < 1.1 * repeated  # only norms are whole everywhere
+
+
+def test_the_kv_cache_is_updated_in_place(llm: LLM) -> None:
+    state = llm.engine.runner.state
+    assert state is not None
+    kv_bytes = sum(array.addressable_shards[0].data.nbytes for array in (*state.keys, *state.values))
+    for program in steps(llm).values():
+        assert program.memory_analysis().alias_size_in_bytes >= kv_bytes
+        assert program.memory_analysis().output_size_in_bytes - program.memory_analysis().alias_size_in_bytes < 20_000
+
+
+def test_kv_blocks_and_slots_lie_where_their_replica_is(llm: LLM) -> None:
+    runner, state = llm.engine.runner, llm.engine.runner.state
+    dp, tp = runner.mesh.shape["dp"], tp_of(llm)
+    assert state is not None
+    for array in (*state.keys, *state.values, *state.sampler):
+        (shape,) = {shard.data.shape for shard in array.addressable_shards}
+        assert shape[0] == 1 and array.shape[0] == dp
+        assert array.size == dp * tp * array.addressable_shards[0].data.size
