@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxserve.config import GIB, SchedulerConfig, decode_buckets, token_buckets
-from jaxserve.device_state import kv_bytes_per_block, state_bytes_per_device
+from jaxserve.device_state import bytes_per_device, kv_bytes_per_block
 from jaxserve.engine import Engine
 from jaxserve.engine_args import EngineArgs
 from jaxserve.models.config import DecoderConfig
@@ -218,7 +218,9 @@ def _num_blocks(args: EngineArgs, runner: ModelRunner, limits: SchedulerConfig, 
         free = psutil.virtual_memory().available
         available, source = min(CPU_KV_BYTES, free // 2) // runner.mesh.size, "half of the free memory"
     else:
-        available, source = _free_gpu_bytes(args, runner), "gpu_memory_utilization"
+        limit = _memory_limit(runner.mesh.devices.flat[0])
+        available = kv_bytes_on_gpu(limit, args.gpu_memory_utilization, step_bytes(runner))
+        source = f"gpu_memory_utilization={args.gpu_memory_utilization}"
     blocks = available // block
     if blocks < 2:
         raise ValueError(
@@ -228,24 +230,23 @@ def _num_blocks(args: EngineArgs, runner: ModelRunner, limits: SchedulerConfig, 
     return min(blocks, 1 + limits.max_num_seqs * limits.blocks_per_sequence)
 
 
-def _free_gpu_bytes(args: EngineArgs, runner: ModelRunner) -> int:
-    """What is left of a GPU for KV blocks: its memory's agreed share, less what the largest step's own memory
-    analysis says it needs (arguments, temporaries, outputs), less the reserve."""
-    device = runner.mesh.devices.flat[0]
+def _memory_limit(device: Any) -> int:
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         raise ValueError(f"{device} does not say how much memory it has: give kv_cache_memory_bytes")
-    return int(stats["bytes_limit"] * args.gpu_memory_utilization) - step_bytes(runner) - GPU_RESERVE_BYTES
+    return stats["bytes_limit"]
+
+
+def kv_bytes_on_gpu(limit: int, utilization: float, step: int) -> int:
+    """What is left of a GPU for KV blocks: the agreed share of its memory, less what the step needs, less the
+    reserve; 0 if nothing is."""
+    return max(0, int(limit * utilization) - step - GPU_RESERVE_BYTES)
 
 
 def step_bytes(runner: ModelRunner, probe_blocks: int = 2) -> int:
-    """Bytes per device that the largest step needs besides KV blocks, read from its compiled program."""
-    layout = runner.config.layouts[-1]
-    analysis = runner.step_program(layout, probe_blocks).memory_analysis()
-    state = runner.abstract_state(probe_blocks)
+    """Bytes per device that the largest step needs besides KV blocks (weights, batch, sampler rows, temporaries,
+    outputs), read from its compiled program."""
+    analysis = runner.step_program(runner.config.layouts[-1], probe_blocks).memory_analysis()
     total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-    return total - analysis.alias_size_in_bytes - state_bytes_per_device(state._replace(sampler=_nothing(state)))
-
-
-def _nothing(state: Any) -> Any:
-    return type(state.sampler)(*(jax.ShapeDtypeStruct((0,), x.dtype, sharding=None) for x in state.sampler))
+    state = runner.abstract_state(probe_blocks)
+    return total - analysis.alias_size_in_bytes - bytes_per_device((state.keys, state.values))

@@ -63,5 +63,6 @@ def kv_bytes_per_block(config: DecoderConfig, block_size: int, itemsize: int, tp
     return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * itemsize // tp
 
 
-def state_bytes_per_device(abstract: DeviceState) -> int:
-    return sum(prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+def bytes_per_device(arrays: Any) -> int:
+    """Bytes that one device holds of a tree of sharded arrays, or of their shapes."""
+    return sum(prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
