@@ -55,7 +55,7 @@ def test_from_file(tmp_path: Path) -> None:
         ("[axes]\nep = 2", "ep"),
         ("[axes]\n[other]\n", "other"),
         ("", "axes"),
-        ("[axes", "line 1"),
+        ("[axes", "Expected"),
         ("axes = 3", "axes"),
         ("[axes]\ntp = 'x'", "tp="),
     ],

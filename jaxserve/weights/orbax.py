@@ -43,9 +43,9 @@ def save(directory: Path, hf_directory: Path, params: nnx.State) -> None:
     axes = {name: p.get_metadata()["axes"] for name, p in _flat(params).items()}
     arrays = {name: p.get_value() for name, p in _flat(params).items()}
     directory.mkdir(parents=True, exist_ok=True)
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _checkpointer(max(array.nbytes for array in arrays.values())) as checkpointer:
         save_args = {name: _save_args(array, axes[name]) for name, array in arrays.items()}
-        checkpointer.save((directory / "params").resolve(), arrays, save_args=save_args)
+        checkpointer.save((directory / "params").resolve(), ocp.args.PyTreeSave(arrays, save_args))
     for path in sorted(p for pattern in COPIED for p in hf_directory.glob(pattern)):
         if path.name != "config.json" and not path.name.endswith(".safetensors.index.json"):
             shutil.copyfile(path, directory / path.name)
@@ -57,6 +57,12 @@ def save(directory: Path, hf_directory: Path, params: nnx.State) -> None:
 
 def _flat(params: nnx.State) -> dict[str, nnx.Variable]:
     return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(params)}
+
+
+def _checkpointer(largest: int) -> ocp.Checkpointer:
+    """Copies on their way to or from the disk are bounded: by twice the largest array, which must fit, or 1 GB."""
+    limit = 1 + 2 * largest // 10**9
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit, restore_concurrent_gb=limit))
 
 
 def _save_args(array: Array, axes: tuple[str | None, ...]) -> ocp.SaveArgs:
@@ -86,7 +92,8 @@ def restore(
     repeats = decoder.num_kv_heads // stored.num_kv_heads
     _, read = abstract_params(replace(decoder, num_kv_heads=stored.num_kv_heads), dtype)
     read_shardings = shardings | _shardings_of_heads(read, mesh, rules, repeats)
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    largest = max(p.get_value().size for p in read.values()) * jnp.dtype(dtype).itemsize
+    with _checkpointer(largest) as checkpointer:
         path = (directory / "params").resolve()
         _check_shapes(directory, checkpointer.metadata(path), abstract_params(stored, dtype)[1])
         # A global shape larger than the stored one is filled up with zeros: the padding of the vocabulary.
@@ -96,7 +103,7 @@ def restore(
             )
             for name, p in read.items()
         }
-        arrays = checkpointer.restore(path, restore_args=restore_args)
+        arrays = checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=restore_args))
     for name, variable in params.items():
         if read_shardings[name] is not shardings[name]:
             fit = partial(_repeat_heads, name, variable.get_value().shape, stored.group_size, repeats)

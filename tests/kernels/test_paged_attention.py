@@ -1,0 +1,253 @@
+"""Every implementation of paged attention against dense attention in float64, with all that nobody may read at NaN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.dispatch import PAGED_ATTENTION, paged_attention
+from pallas_kernels.paged_attention import Ragged, Scoring, Shape
+
+NUM_SPARE_BLOCKS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Static sizes, so that what is compiled for a case serves all of its batches."""
+
+    num_tokens: int
+    num_seqs: int
+    table_width: int
+    block_size: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    window: int | None = None
+    softcap: float | None = None
+    one_token_each: bool = False
+    dtype: Any = jnp.float32
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.block_size, self.window, self.one_token_each)
+
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(self.head_dim**-0.5, self.softcap)
+
+    @property
+    def num_blocks(self) -> int:
+        return 1 + self.num_seqs * self.table_width + NUM_SPARE_BLOCKS
+
+    @property
+    def tolerance(self) -> float:
+        return 1e-5 if self.dtype == jnp.float32 else 1e-2
+
+
+CASES = {
+    "plain": Case(24, 5, 6, 4, 2, 1, 8),
+    "groups of 3": Case(24, 5, 3, 16, 1, 3, 24),
+    "groups of 7": Case(24, 4, 6, 4, 2, 7, 80),
+    "window": Case(24, 5, 8, 4, 2, 3, 8, window=5),
+    "window longer than a block": Case(24, 4, 3, 16, 1, 1, 24, window=17),
+    "window of one token": Case(16, 3, 4, 4, 1, 2, 8, window=1),
+    "softcap": Case(24, 4, 3, 16, 2, 1, 24, softcap=3.0),
+    "softcap and window": Case(24, 4, 6, 4, 1, 3, 80, window=7, softcap=2.0),
+    "several tiles": Case(150, 3, 12, 16, 1, 2, 8, window=100),
+    "bfloat16": Case(24, 5, 6, 4, 2, 3, 24, dtype=jnp.bfloat16),
+    "decode": Case(6, 6, 6, 4, 2, 1, 8, one_token_each=True),
+    "decode one": Case(1, 1, 3, 16, 2, 3, 24, one_token_each=True),
+    "decode many blocks": Case(12, 12, 12, 4, 1, 7, 8, one_token_each=True),
+    "decode window": Case(6, 6, 4, 16, 1, 3, 80, window=6, one_token_each=True),
+    "decode softcap": Case(6, 6, 6, 4, 2, 3, 24, softcap=2.0, one_token_each=True),
+    "decode bfloat16": Case(6, 6, 3, 16, 2, 3, 24, one_token_each=True, dtype=jnp.bfloat16),
+}
+
+
+class Sequence(NamedTuple):
+    """New tokens, and tokens in the cache with them."""
+
+    q_len: int
+    kv_len: int
+
+
+@st.composite
+def batches(draw: st.DrawFn, case: Case) -> tuple[list[Sequence], int]:
+    """Lengths around the edges of blocks, and a seed for values and tables."""
+    longest, size = case.block_size * case.table_width, case.block_size
+    edges = [n for k in range(size, longest + 1, size) for n in (k - 1, k, k + 1) if 1 <= n <= longest]
+    sequences: list[Sequence] = []
+    room = case.num_tokens
+    for _ in range(draw(st.integers(0, case.num_seqs))):
+        if case.one_token_each:
+            q_len = 1
+        else:
+            q_len = min(room, draw(st.sampled_from([0, 1, 1, 2, size, size + 1, case.num_tokens]) | st.integers(0, room)))
+        kv_len = draw(st.sampled_from(edges) | st.integers(1, longest))
+        sequences.append(Sequence(min(q_len, longest), max(q_len, kv_len) if q_len <= longest else longest))
+        room -= sequences[-1].q_len
+    return sequences, draw(st.integers(0, 2**32 - 1))
+
+
+class Problem(NamedTuple):
+    """Queries [T,K,G,H]; keys and values of every sequence [kv_len,K,H]; where they belong."""
+
+    q: np.ndarray
+    keys: list[np.ndarray]
+    values: list[np.ndarray]
+    ragged: Ragged
+
+
+def make_problem(case: Case, sequences: list[Sequence], seed: int) -> Problem:
+    rng = np.random.default_rng(seed)
+    lens = [rng.standard_normal((s.kv_len, case.kv_heads, case.head_dim)).astype(case.dtype) for s in sequences]
+    values = [rng.standard_normal(k.shape).astype(case.dtype) for k in lens]
+    q = np.full((case.num_tokens, case.kv_heads, case.group, case.head_dim), np.nan, np.float32)
+    cu_q_lens = np.zeros(case.num_seqs + 1, np.int32)
+    cu_q_lens[1 : len(sequences) + 1] = np.cumsum([s.q_len for s in sequences], dtype=np.int32)
+    cu_q_lens[len(sequences) + 1 :] = cu_q_lens[len(sequences)]
+    q[: cu_q_lens[-1]] = 2 * rng.standard_normal((cu_q_lens[-1], *q.shape[1:]))
+    kv_lens = np.zeros(case.num_seqs, np.int32)
+    kv_lens[: len(sequences)] = [s.kv_len for s in sequences]
+    owned = rng.permutation(np.arange(1, case.num_blocks, dtype=np.int32))
+    tables = owned[: case.num_seqs * case.table_width].reshape(case.num_seqs, case.table_width)
+    for table, kv_len in zip(tables, kv_lens, strict=True):
+        used = -(-kv_len // case.block_size)
+        table[used:] = rng.integers(0, case.num_blocks, case.table_width - used)  # "anything behind the last live one"
+    slots = np.zeros(case.num_tokens, np.int32)
+    return Problem(q, lens, values, Ragged(slots, cu_q_lens, kv_lens, tables))  # pyright: ignore[reportArgumentType]
+
+
+def dense(case: Case, problem: Problem) -> np.ndarray:
+    """Attention by its definition, one token at a time."""
+    out = np.zeros(problem.q.shape)
+    starts = problem.ragged.cu_q_lens
+    for s, (k, v) in enumerate(zip(problem.keys, problem.values, strict=True)):
+        for row in range(starts[s], starts[s + 1]):
+            position = len(k) - (starts[s + 1] - row)
+            first = 0 if case.window is None else max(0, position - case.window + 1)
+            seen = slice(first, position + 1)
+            q = problem.q[row].astype(np.float64)
+            scores = np.einsum("kgh,skh->kgs", q, k[seen].astype(np.float64)) * case.head_dim**-0.5
+            if case.softcap is not None:
+                scores = case.softcap * np.tanh(scores / case.softcap)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            out[row] = np.einsum("kgs,skh->kgh", weights, v[seen].astype(np.float64))
+    return out
+
+
+@cache
+def programs(name: str, case: Case) -> tuple[Any, Any]:
+    """write and attend, compiled once per case."""
+    implementation = PAGED_ATTENTION[name]
+
+    def attend(q: jax.Array, keys: jax.Array, values: jax.Array, ragged: Ragged) -> jax.Array:
+        plan = implementation.plan(ragged, case.num_tokens, case.shape)
+        return implementation.attend(q, keys, values, plan, case.shape, case.scoring)
+
+    return jax.jit(implementation.write), jax.jit(attend)
+
+
+def nan_caches(name: str, case: Case) -> list[np.ndarray]:
+    shapes = PAGED_ATTENTION[name].cache_shapes(case.num_blocks, case.block_size, case.kv_heads, case.head_dim)
+    return [np.full(shape, np.nan, np.float32).astype(case.dtype) for shape in shapes]
+
+
+def slots_of(case: Case, problem: Problem) -> np.ndarray:
+    """block * block_size + offset of every live token, sequence after sequence."""
+    tables = np.asarray(problem.ragged.block_tables)
+    positions = [np.arange(len(k)) for k in problem.keys]
+    slots = [t[p // case.block_size] * case.block_size + p % case.block_size for t, p in zip(tables, positions, strict=False)]
+    return np.concatenate([*slots, np.zeros(0, np.int64)]).astype(np.int32)
+
+
+def solve(name: str, case: Case, problem: Problem) -> np.ndarray:
+    """Write every live token to NaN caches, the padding to block 0, and attend."""
+    write, attend = programs(name, case)
+    rows = case.num_seqs * case.table_width * case.block_size
+    empty = np.full((0, case.kv_heads, case.head_dim), np.nan, case.dtype)
+    padded = []
+    for parts in (problem.keys, problem.values):
+        live = np.concatenate([*parts, empty])
+        padded.append(np.pad(live, ((0, rows - len(live)), (0, 0), (0, 0)), constant_values=np.nan))
+    slots = slots_of(case, problem)
+    keys, values = write(*nan_caches(name, case), *padded, np.pad(slots, (0, rows - len(slots))))
+    return np.asarray(attend(problem.q, keys, values, problem.ragged))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("name", PAGED_ATTENTION)
+def test_conforms(name: str, case: Case) -> None:
+    @settings(max_examples=25)
+    @given(batches(case))
+    def conforms(batch: tuple[list[Sequence], int]) -> None:
+        problem = make_problem(case, *batch)
+        out, expected = solve(name, case, problem), dense(case, problem)
+        assert out.dtype == np.float32
+        assert np.isfinite(out).all()
+        assert np.linalg.norm(out - expected) <= case.tolerance * np.linalg.norm(expected)
+        assert not out[problem.ragged.cu_q_lens[-1] :].any()
+
+    conforms()
+
+
+@pytest.mark.parametrize("name", PAGED_ATTENTION)
+def test_the_output_has_the_dtype_of_the_queries(name: str) -> None:
+    case = CASES["bfloat16"]
+    problem = make_problem(case, [Sequence(2, 9), Sequence(1, 4)], 0)
+    out = solve(name, case, problem._replace(q=problem.q.astype(jnp.bfloat16)))
+    assert out.dtype == jnp.bfloat16
+    expected = dense(case, problem)
+    assert np.linalg.norm(out.astype(np.float64) - expected) < 2e-2 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", PAGED_ATTENTION)
+def test_write_changes_the_slots_it_is_given_and_nothing_else(name: str, dtype: Any) -> None:
+    case = Case(7, 1, 1, 4, 3, 1, 8, dtype=dtype)
+    write = programs(name, case)[0]
+    num_slots = case.num_blocks * case.block_size
+
+    @settings(max_examples=25)
+    @given(st.lists(st.integers(0, num_slots - 1), min_size=7, max_size=7, unique=True), st.integers(0, 99))
+    def changes_these(slots: list[int], seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        old = rng.standard_normal((2, num_slots, case.kv_heads, case.head_dim)).astype(np.float32)
+        new = rng.standard_normal((2, 7, case.kv_heads, case.head_dim)).astype(np.float32) + 10
+        everywhere = np.arange(num_slots, dtype=np.int32)
+        before = write(*nan_caches(name, case), *old, everywhere)
+        after = write(*before, *new, np.array(slots, np.int32))
+        merged = old.copy()
+        merged[:, slots] = new
+        directly = write(*nan_caches(name, case), *merged, everywhere)
+        for was, now, meant in zip(before, after, directly, strict=True):
+            assert now.dtype == dtype
+            np.testing.assert_array_equal(now, meant)
+            assert np.sum(np.asarray(was != now)) == 7 * case.kv_heads * case.head_dim
+
+    changes_these()
+
+
+def test_dispatch_says_what_runs() -> None:
+    for name, implementation in PAGED_ATTENTION.items():
+        assert implementation.name == name
+        assert paged_attention("cpu", name) is implementation
+    assert paged_attention("cpu").name == "cpu"
+    assert paged_attention("cpu", None) is PAGED_ATTENTION["cpu"]
+
+
+@pytest.mark.parametrize(("platform", "backend"), [("cpu", "flash"), ("tpu", None), ("tpu", "flash")])
+def test_dispatch_refuses_what_it_does_not_have(platform: str, backend: str | None) -> None:
+    with pytest.raises(ValueError) as error:
+        paged_attention(platform, backend)
+    for word in (platform, str(backend), *PAGED_ATTENTION):
+        assert word in str(error.value)
