@@ -39,9 +39,7 @@ class BatchLayout:
     def fields(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """name -> (first word, shape)."""
         t, s = (self.num_tokens,), (self.num_seqs,)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
-            ("token_ids", "positions", "rope_lens", "slot_mapping"), t
-        )
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "positions", "rope_lens", "slot_mapping"), t)
         shapes |= {"cu_q_lens": (self.num_seqs + 1,), "block_tables": (self.num_seqs, self.num_blocks)}
         per_seq = ("kv_lens", "logits_indices", "samples", "slots", "seed_high", "seed_low", "top_k", *FLOAT_FIELDS)
         shapes |= dict.fromkeys(per_seq, s)

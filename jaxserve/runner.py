@@ -325,7 +325,15 @@ class _PagedLayers:
         return self._on_each_device(one_device, per_replica, per_replica)(self.ragged)
 
     def _write_and_attend(
-        self, q: Array, k: Array, v: Array, keys: Array, values: Array, slots: Array, plan: Any, shape: Shape,
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        keys: Array,
+        values: Array,
+        slots: Array,
+        plan: Any,
+        shape: Shape,
         scoring: Scoring,
     ) -> tuple[Array, Array, Array]:
         attention, spec = self.runner.attention, self.runner.rules.spec

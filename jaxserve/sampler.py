@@ -27,9 +27,6 @@ class SamplerState(NamedTuple):
     counts: Array
 
 
-
-
-
 class SamplingRows(NamedTuple):
     """Parameters of the rows of a step, each [dp, S]; ``positions`` is that of the token to be sampled."""
 

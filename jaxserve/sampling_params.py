@@ -229,9 +229,7 @@ class SamplingParams:
             raise ValueError(f"{name} is {value}; it must be {allowed}")
         self._set(name, value)
 
-    def _integer(
-        self, name: str, allowed: str, *, minimum: int | None = None, optional: bool = False
-    ) -> None:
+    def _integer(self, name: str, allowed: str, *, minimum: int | None = None, optional: bool = False) -> None:
         value = getattr(self, name)
         if value is None and optional:
             return

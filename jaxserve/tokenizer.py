@@ -34,9 +34,7 @@ _LONGEST_WINDOW = 64
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
-def load_tokenizer(
-    path_or_name: str | Path, revision: str | None = None, trust_remote_code: bool = False
-) -> Tokenizer:
+def load_tokenizer(path_or_name: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
     """The fast tokenizer of a local checkpoint folder or of a hub model, the latter at ``revision``.
 
     Raises ``ValueError`` with one line that names ``path_or_name`` when there is none, or only a slow one.

@@ -319,9 +319,7 @@ CASES = [
         checks={
             "betas": {"rope_parameters": rope(500.0, "yarn", **{**YARN_OPTIONS, "beta_fast": 32.0})},
             "mscale": {"rope_parameters": rope(500.0, "yarn", **{**YARN_OPTIONS, "mscale": 0.3})},
-            "mscale_all_dim": {
-                "rope_parameters": rope(500.0, "yarn", **{**YARN_OPTIONS, "mscale_all_dim": 0.0})
-            },
+            "mscale_all_dim": {"rope_parameters": rope(500.0, "yarn", **{**YARN_OPTIONS, "mscale_all_dim": 0.0})},
             "truncate": {"rope_parameters": rope(500.0, "yarn", **{**YARN_OPTIONS, "truncate": True})},
         },
     ),
@@ -715,9 +713,7 @@ def build(case: Case, generator: torch.Generator) -> torch.nn.Module:
     """The case's model with random weights, rounded to bfloat16 but computing in float32."""
     options = dict(copy.deepcopy(case.config))
     config = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
-    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     randomise(model, case.config["model_type"], generator)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).to(torch.float32)
@@ -865,9 +861,7 @@ def check_tensors(
         effect = largest_difference(reference[-1:], log_probabilities(model, prompts[-1:]))
         parameter.data = original
         if name.endswith(case.no_effect or ("-",)):
-            require(
-                effect < CACHE_TOLERANCE, f"{case.name}: {name} has an effect of {effect:.2g}, none expected"
-            )
+            require(effect < CACHE_TOLERANCE, f"{case.name}: {name} has an effect of {effect:.2g}, none expected")
             continue
         require(effect > MIN_EFFECT, f"{case.name}: reversing {name} has an effect of only {effect:.2g}")
         weakest = min(weakest, (name, effect), key=lambda item: item[1])
@@ -893,9 +887,7 @@ def make_case(case: Case, out: Path, verbose: bool) -> None:
         loaded = load(folder)
         reference = log_probabilities(loaded, prompts)
         difference = largest_difference(log_probabilities(model, prompts), reference)
-        require(
-            difference < RELOAD_TOLERANCE, f"{case.name}: the saved checkpoint differs by {difference:.2g}"
-        )
+        require(difference < RELOAD_TOLERANCE, f"{case.name}: the saved checkpoint differs by {difference:.2g}")
         expected = compute(case, loaded, prompts)
         if expected is None:
             fail(f"{case.name}: the saved checkpoint decodes differently")
@@ -939,16 +931,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 The environment this needs is described at the top of the script.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="where to write (%(default)s)"
-    )
-    parser.add_argument(
-        "--case", action="append", metavar="NAME", help="make only this case; may be repeated"
-    )
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="where to write (%(default)s)")
+    parser.add_argument("--case", action="append", metavar="NAME", help="make only this case; may be repeated")
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="print the effect of each checked switch"
-    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="print the effect of each checked switch")
     options = parser.parse_args(arguments)
     unknown = set(options.case or ()) - {case.name for case in CASES}
     if unknown:

@@ -98,8 +98,7 @@ def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh
             f"mesh {config} needs {config.num_devices} devices and this process sees {len(available)} "
             f"({available[0].platform}); make the mesh smaller"
             + (
-                ", or start the process with JAX_NUM_CPU_DEVICES="
-                f"{config.num_devices} to simulate more on the CPU"
+                f", or start the process with JAX_NUM_CPU_DEVICES={config.num_devices} to simulate more on the CPU"
                 if available[0].platform == "cpu"
                 else ""
             )

@@ -82,7 +82,9 @@ class Attention(nnx.Module):
             q, k = apply_rope(q, cos[:, :, None], sin[:, :, None]), apply_rope(k, cos, sin)
         out = attend(layer, q, k, v)
         # One contracted axis, not three: XLA:CPU would transpose the weight in every step (16 of 97 ms, 12 layers).
-        out = jnp.einsum("rtn,nd->rtd", out.reshape(*out.shape[:2], -1), self.o[...].reshape(-1, self.config.hidden_size))
+        out = jnp.einsum(
+            "rtn,nd->rtd", out.reshape(*out.shape[:2], -1), self.o[...].reshape(-1, self.config.hidden_size)
+        )
         return out + self.o_bias[...][None, None] if self.config.out_bias else out
 
 

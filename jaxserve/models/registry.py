@@ -11,9 +11,7 @@ from jaxserve.models import gemma, gpt2, gpt_neox, llama, olmo2, opt, phi3, qwen
 from jaxserve.models.config import DecoderConfig
 
 FAMILIES: dict[str, ModuleType] = {
-    name: family
-    for family in (llama, qwen3, phi3, gemma, gpt2, gpt_neox, opt, olmo2)
-    for name in family.ARCHITECTURES
+    name: family for family in (llama, qwen3, phi3, gemma, gpt2, gpt_neox, opt, olmo2) for name in family.ARCHITECTURES
 }
 
 

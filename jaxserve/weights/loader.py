@@ -27,9 +27,7 @@ def abstract_params(config: DecoderConfig, dtype: jnp.dtype) -> tuple[Any, dict[
     return graph, {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
-def param_shardings(
-    params: Mapping[str, nnx.Variable], mesh: Mesh, rules: ShardingRules
-) -> dict[str, NamedSharding]:
+def param_shardings(params: Mapping[str, nnx.Variable], mesh: Mesh, rules: ShardingRules) -> dict[str, NamedSharding]:
     """From every parameter's logical axes; ValueError with the numbers where one does not divide."""
     shapes = {name: p.get_value().shape for name, p in params.items()}
     axes = {name: p.get_metadata()["axes"] for name, p in params.items()}

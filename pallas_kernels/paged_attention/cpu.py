@@ -241,9 +241,7 @@ def _merge(so_far: Partial, blocks: Partial, sequence: Array) -> Partial:
     )
 
 
-def _prefill(
-    out: Array, q: Array, caches: tuple[Array, Array], tiles: Tiles, shape: Shape, scoring: Scoring
-) -> Array:
+def _prefill(out: Array, q: Array, caches: tuple[Array, Array], tiles: Tiles, shape: Shape, scoring: Scoring) -> Array:
     """Fill the rows of ``out`` [T,K,G,H] that belong to sequences with more than one query token."""
     num_tokens = q.shape[0]
     tile = min(QUERY_TILE, num_tokens)
