@@ -7,12 +7,13 @@ softmaxes by a one-hot product. Prefill chunks are cut into tiles of query token
 What the layout and the loop owe to measurements (2 cores, 32 sequences of 100-320 tokens, 12 KV heads, float32):
 - a gather of blocks as flat rows copies at 50 GB/s, of 4-d blocks at 35; fused into a product it drops to 12;
 - K as [block, kv_head, head_dim, token] makes q.K a product of row-major operands: 37 GB/s against 15;
-- up to 64 pairs a turn: smaller turns pay for the loop, larger ones leave the L2 cache;
+- 3 MiB of K a turn (64 blocks of these): smaller turns pay for the loop, larger ones leave the L2 cache;
 - bfloat16 products and elementwise passes run at a quarter of float32's speed, so blocks are widened as they are read.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -21,7 +22,9 @@ from jax import Array
 
 from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Shape
 
-MAX_PAIRS_PER_TURN = 64
+MAX_PAIRS_PER_TURN = 128
+TURN_BYTES = 3 << 20
+"""Of K, widened to float32, that one turn of the decode loop reads."""
 QUERY_TILE = 64
 KEY_TILE = 128
 """Tokens of K and V that one turn of the prefill loop reads."""
@@ -116,9 +119,10 @@ def plan(ragged: Ragged, num_tokens: int, shape: Shape) -> Plan:
     return Plan(pairs, _plan_tiles(ragged, q_lens, num_tokens, shape), starts, owner)
 
 
-def _pairs_per_turn(num_seqs: int) -> int:
-    """Fewer for few sequences, which often have fewer blocks than a full turn."""
-    return min(MAX_PAIRS_PER_TURN, 16 * num_seqs)
+def _pairs_per_turn(num_seqs: int, block_bytes: int) -> int:
+    """A power of two; fewer for few sequences, which often have fewer blocks than a full turn."""
+    most = max(1, min(MAX_PAIRS_PER_TURN, 16 * num_seqs, TURN_BYTES // block_bytes))
+    return 1 << (most.bit_length() - 1)
 
 
 def _plan_pairs(ragged: Ragged, kv_lens: Array, shape: Shape) -> Pairs:
@@ -128,8 +132,7 @@ def _plan_pairs(ragged: Ragged, kv_lens: Array, shape: Shape) -> Pairs:
     first = _first_seen(kv_lens - 1, shape)
     num_blocks = -(-kv_lens // size) - first // size
     ends = jnp.cumsum(num_blocks)
-    step = _pairs_per_turn(num_seqs)
-    w = jnp.arange(-(-num_seqs * width // step) * step, dtype=jnp.int32)
+    w = jnp.arange(-(-num_seqs * width // MAX_PAIRS_PER_TURN) * MAX_PAIRS_PER_TURN, dtype=jnp.int32)
     sequence = jnp.sum((w[:, None] >= ends[None]).astype(jnp.int32), axis=1)
     live = w < ends[-1]
     j = jnp.where(live, w - _take(ends - num_blocks, sequence) + _take(first // size, sequence), 0)
@@ -198,7 +201,7 @@ def _decode(q: Array, k_cache: Array, v_cache: Array, pairs: Pairs, scoring: Sco
     """q [S,K,G,H], already scaled -> float32 [S,K,G,H]; zero for sequences without pairs."""
     num_seqs, kv_heads, group, head_dim = q.shape
     offsets = jnp.arange(v_cache.shape[2])[None]
-    step = _pairs_per_turn(num_seqs)
+    step = _pairs_per_turn(num_seqs, 4 * math.prod(k_cache.shape[1:]))
 
     def turn(i: Array, so_far: Partial) -> Partial:
         sequence, block, low, high = (jax.lax.dynamic_slice_in_dim(x, i * step, step) for x in pairs[:4])
