@@ -31,6 +31,8 @@ from sharding import MeshConfig, ShardingRules, build_mesh
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 CPU_KV_BYTES = 2 * GIB
 """KV memory of a CPU run, all devices together, unless the user says otherwise."""
+COMPILE_CACHE_BYTES = 8 * GIB
+"""Largest size of the directory that keeps compiled programs."""
 GPU_RESERVE_BYTES = GIB // 2
 """Left free on a GPU beside weights, step and cache: CUDA context, NCCL buffers, fragmentation."""
 
@@ -140,6 +142,8 @@ def build_engine(args: EngineArgs) -> Engine:
     if args.compilation_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", args.compilation_cache_dir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        # With a limit jax locks the cache's files; without one, a second process may read a half-written program.
+        jax.config.update("jax_compilation_cache_max_size", COMPILE_CACHE_BYTES)
     files = ModelFiles.find(args)
     mesh_config = resolve_mesh(args)
     decoder, rules = files.decoder.fit_to(mesh_config.tp), ShardingRules()

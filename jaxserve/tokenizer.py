@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jaxserve.hf_library import transformers_class
 
 if TYPE_CHECKING:  # importing transformers takes seconds; only load_tokenizer needs it at run time
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -47,11 +47,9 @@ def load_tokenizer(path_or_name: str | Path, revision: str | None = None, trust_
             f"no tokenizer in {name!r} (none of {', '.join(TOKENIZER_FILES)}): name another one with tokenizer=..., "
             "or pass skip_tokenizer_init=True and give prompts as token ids"
         )
-    with _no_torch_advice():
-        from transformers import AutoTokenizer
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = transformers_class("AutoTokenizer").from_pretrained(name, **options)
     except Exception as error:  # what it raises depends on the hub, the file format, the tokenizer's own code
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load a tokenizer from {name!r}: {reason}") from error
@@ -63,21 +61,6 @@ def load_tokenizer(path_or_name: str | Path, revision: str | None = None, trust_
 
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-@contextmanager
-def _no_torch_advice() -> Iterator[None]:
-    """Keep transformers from asking for PyTorch when it is first imported: only its tokenizers are needed."""
-
-    def is_news(record: logging.LogRecord) -> bool:
-        return "PyTorch was not found" not in record.getMessage()
-
-    logger = logging.getLogger("transformers")
-    logger.addFilter(is_news)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_news)
 
 
 class IncrementalDetokenizer:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from jaxserve.hf_library import transformers_class
 from jaxserve.models import gemma, gpt2, gpt_neox, llama, olmo2, opt, phi3, qwen3
 from jaxserve.models.config import DecoderConfig
 
@@ -25,8 +26,6 @@ def family_of(architectures: list[str] | None) -> ModuleType:
 
 def load_hf_config(directory: Path, overrides: dict[str, Any] | None = None) -> Any:
     """The checkpoint's config.json as a transformers config: defaults filled in, old spellings made new."""
-    from transformers import AutoConfig  # here: importing it takes a second that `--help` need not wait for
-
     path = directory / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{directory}: no config.json; a model is a local Hugging Face checkpoint directory")
@@ -35,7 +34,11 @@ def load_hf_config(directory: Path, overrides: dict[str, Any] | None = None) -> 
     model_type = raw.pop("model_type", None)
     if model_type is None:
         raise ValueError(f"{path}: no model_type")
-    return AutoConfig.for_model(model_type, **raw)
+    try:
+        return transformers_class("AutoConfig").for_model(model_type, **raw)
+    except Exception as error:  # transformers raises classes of its own, of several lines
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: not a config that transformers accepts: {reason}") from error
 
 
 def decoder_config(hf: Any) -> DecoderConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -98,15 +99,18 @@ def random_params(
     """Random weights of the right shapes, made on the devices: what ``load_format="dummy"`` means."""
     graph, params = abstract_params(config, dtype)
     shardings = param_shardings(params, mesh, rules)
+
+    @cache  # one program for all layers' parameters of the same kind
+    def normal(shape: tuple[int, ...], scale: float, shift: float, sharding: NamedSharding) -> Callable[..., Any]:
+        def make(key: jax.Array) -> jax.Array:
+            return (jax.random.normal(key, shape, jnp.float32) * scale + shift).astype(dtype)
+
+        return jax.jit(make, out_shardings=sharding)
+
     arrays = {}
     for i, (name, variable) in enumerate(params.items()):
         shape = variable.get_value().shape
-        scale = 0.02 if len(shape) > 1 else 0.0
         shift = 1.0 - config.norm.offset if name.endswith("norm.weight") else 0.0
-
-        def make(key: jax.Array, shape=shape, scale=scale, shift=shift) -> jax.Array:
-            return (jax.random.normal(key, shape, jnp.float32) * scale + shift).astype(dtype)
-
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        arrays[name] = jax.jit(make, out_shardings=shardings[name])(key)
+        make = normal(shape, 0.02 if len(shape) > 1 else 0.0, shift, shardings[name])
+        arrays[name] = make(jax.random.fold_in(jax.random.key(seed), i))
     return graph, assemble(params, arrays)

@@ -86,14 +86,12 @@ def batches(draw: st.DrawFn, case: Case) -> tuple[list[Sequence], int]:
     edges = [n for k in range(size, longest + 1, size) for n in (k - 1, k, k + 1) if 1 <= n <= longest]
     sequences: list[Sequence] = []
     room = case.num_tokens
+    q_lens = st.sampled_from([0, 1, 1, 2, size, size + 1, case.num_tokens]) | st.integers(0, case.num_tokens)
     for _ in range(draw(st.integers(0, case.num_seqs))):
-        if case.one_token_each:
-            q_len = 1
-        else:
-            q_len = min(room, draw(st.sampled_from([0, 1, 1, 2, size, size + 1, case.num_tokens]) | st.integers(0, room)))
+        q_len = 1 if case.one_token_each else min(room, longest, draw(q_lens))
         kv_len = draw(st.sampled_from(edges) | st.integers(1, longest))
-        sequences.append(Sequence(min(q_len, longest), max(q_len, kv_len) if q_len <= longest else longest))
-        room -= sequences[-1].q_len
+        sequences.append(Sequence(q_len, max(q_len, kv_len)))
+        room -= q_len
     return sequences, draw(st.integers(0, 2**32 - 1))
 
 
@@ -108,8 +106,8 @@ class Problem(NamedTuple):
 
 def make_problem(case: Case, sequences: list[Sequence], seed: int) -> Problem:
     rng = np.random.default_rng(seed)
-    lens = [rng.standard_normal((s.kv_len, case.kv_heads, case.head_dim)).astype(case.dtype) for s in sequences]
-    values = [rng.standard_normal(k.shape).astype(case.dtype) for k in lens]
+    keys = [rng.standard_normal((s.kv_len, case.kv_heads, case.head_dim)).astype(case.dtype) for s in sequences]
+    values = [rng.standard_normal(k.shape).astype(case.dtype) for k in keys]
     q = np.full((case.num_tokens, case.kv_heads, case.group, case.head_dim), np.nan, np.float32)
     cu_q_lens = np.zeros(case.num_seqs + 1, np.int32)
     cu_q_lens[1 : len(sequences) + 1] = np.cumsum([s.q_len for s in sequences], dtype=np.int32)
@@ -123,7 +121,7 @@ def make_problem(case: Case, sequences: list[Sequence], seed: int) -> Problem:
         used = -(-kv_len // case.block_size)
         table[used:] = rng.integers(0, case.num_blocks, case.table_width - used)  # "anything behind the last live one"
     slots = np.zeros(case.num_tokens, np.int32)
-    return Problem(q, lens, values, Ragged(slots, cu_q_lens, kv_lens, tables))  # pyright: ignore[reportArgumentType]
+    return Problem(q, keys, values, Ragged(slots, cu_q_lens, kv_lens, tables))  # pyright: ignore[reportArgumentType]
 
 
 def dense(case: Case, problem: Problem) -> np.ndarray:
@@ -165,8 +163,10 @@ def nan_caches(name: str, case: Case) -> list[np.ndarray]:
 def slots_of(case: Case, problem: Problem) -> np.ndarray:
     """block * block_size + offset of every live token, sequence after sequence."""
     tables = np.asarray(problem.ragged.block_tables)
-    positions = [np.arange(len(k)) for k in problem.keys]
-    slots = [t[p // case.block_size] * case.block_size + p % case.block_size for t, p in zip(tables, positions, strict=False)]
+    slots = []
+    for table, keys in zip(tables, problem.keys, strict=False):
+        positions = np.arange(len(keys))
+        slots.append(table[positions // case.block_size] * case.block_size + positions % case.block_size)
     return np.concatenate([*slots, np.zeros(0, np.int64)]).astype(np.int32)
 
 

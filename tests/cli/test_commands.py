@@ -1,0 +1,181 @@
+"""chat, info, convert and bench."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from command_line import GREEDY, TEMPLATE, Run
+
+import jaxserve.cli.measure as measure
+from jaxserve import LLM, SamplingParams
+from jaxserve.build import ModelFiles, load_model
+from jaxserve.cli.bench import parse_range
+from jaxserve.cli.chat import Conversation
+from jaxserve.cli.output import bytes_text, count_text, jsonable, seconds_text
+from jaxserve.engine_args import EngineArgs
+from jaxserve.sampling_params import RequestOutputKind
+from jaxserve.weights.orbax import is_orbax
+from sharding import MeshConfig, ShardingRules, build_mesh
+
+# -- chat ----------------------------------------------------------------------------------------------------------
+
+
+def test_chat_answers_lines_in_one_conversation(
+    run: Run, made: list[dict[str, Any]], template: Path, tiny_llm: LLM
+) -> None:
+    result = run("chat", "--chat-template", template, *GREEDY, "--json", stdin="hello\n\nbad\n/reset\nhello\n")
+    assert result.code == 0
+    answers = [json.loads(line) for line in result.out.splitlines()]
+    assert [a["num_tokens"] for a in answers] == [4, 4, 4]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    first = {"role": "user", "content": "hello"}
+    second = [first, {"role": "assistant", "content": answers[0]["content"]}, {"role": "user", "content": "bad"}]
+    for messages, answer in (([first], answers[0]), (second, answers[1]), ([first], answers[2])):
+        expected = tiny_llm.chat(messages, params, chat_template=TEMPLATE, use_tqdm=False)[0].outputs[0].text
+        assert answer["content"] == expected
+
+
+def test_chat_streams_plain_text(run: Run, made: list[dict[str, Any]], template: Path, tiny_llm: LLM) -> None:
+    script = "/system be brief\nhello\n/what\n/exit\nnever asked\n"
+    result = run("chat", "--chat-template", template, *GREEDY, "--system", "be long", stdin=script)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    expected = tiny_llm.chat(messages, params, chat_template=TEMPLATE, use_tqdm=False)[0].outputs[0].text
+    assert result.out == expected + "\n"
+    assert "(system message set)" in result.err
+    assert "unknown command /what" in result.err
+
+
+def test_chat_needs_a_template(run: Run, made: list[dict[str, Any]]) -> None:
+    result = run("chat", stdin="hello\n")
+    assert result.code == 2
+    assert result.err == ("error: the tokenizer has no chat template; pass chat_template, or a plain prompt instead\n")
+
+
+@pytest.fixture
+def conversation(tiny_llm: LLM) -> Iterator[Conversation]:
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+    yield Conversation(tiny_llm, params, TEMPLATE)
+    assert not tiny_llm.engine.has_unfinished
+
+
+def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(conversation: Conversation) -> None:
+    answer = conversation.ask("hello")
+    said = "".join(next(answer).text for _ in range(3))
+    answer.close()
+    assert conversation.turns == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said}]
+
+
+def test_the_oldest_turns_make_room(conversation: Conversation) -> None:
+    for _ in range(4):
+        list(conversation.ask("hello " * 8))
+    assert conversation.forgotten >= 2
+    assert conversation.turns[0]["role"] == "user"
+    assert len(conversation.turns) + conversation.forgotten == 8
+
+
+def test_a_question_that_can_never_fit_is_an_error_and_not_remembered(conversation: Conversation) -> None:
+    with pytest.raises(ValueError, match="max_model_len"):
+        list(conversation.ask("x" * 200))
+    assert (conversation.turns, conversation.forgotten) == ([], 0)
+
+
+# -- info, convert -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", ["", "dp=2,tp=4"])
+def test_info_counts_what_the_devices_would_hold(mesh: str, run: Run, odd_model: Path) -> None:
+    result = run("info", "--model", odd_model, "--mesh", mesh, "--json")
+    assert result.code == 0
+    report = json.loads(result.out)
+    config = MeshConfig.parse(mesh)
+    args = EngineArgs(model=odd_model, use_tqdm_on_load=False)
+    files = ModelFiles.find(args)
+    _, params = load_model(files, args, files.decoder.fit_to(config.tp), build_mesh(config), ShardingRules())
+    held = dict.fromkeys(range(config.num_devices), 0)
+    for shard in (s for x in jax.tree.leaves(params) for s in x.addressable_shards):
+        held[shard.device.id] += shard.data.nbytes
+    assert [d["weight_bytes"] for d in report["mesh"]["devices"]] == list(held.values())
+    assert report["mesh"]["balanced"]
+    assert report["model"]["num_parameters"] * 4 == report["model"]["weight_bytes"]
+    # 2 layers, K and V, 8 entries of 4 bytes: two heads on one device, one of four copies on four.
+    assert {d["kv_bytes_per_token"] for d in report["mesh"]["devices"]} == {128 if mesh else 256}
+
+
+def test_info_for_people(run: Run, odd_model: Path) -> None:
+    result = run("info", "--model", odd_model, "-tp", "4")
+    assert result.code == 0
+    for expected in ("LlamaForCausalLM", "8 query, 2 KV, of 8", "each KV head is held 2 times", "padded by 1", "tp=4"):
+        assert expected in result.out
+
+
+def test_convert_writes_a_checkpoint_once(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "converted"
+    result = run("convert", tiny_model, destination, "--dtype", "bfloat16", "--json")
+    assert result.code == 0
+    report = json.loads(result.out)
+    assert report["weight_bytes"] == 2 * report["num_parameters"]
+    assert is_orbax(destination)
+    assert json.loads((destination / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (destination / "tokenizer.json").read_bytes() == (tiny_model / "tokenizer.json").read_bytes()
+    assert not list(destination.glob("*.safetensors*"))
+    again = run("convert", tiny_model, destination)
+    assert (again.code, "is not an empty directory" in again.err) == (2, True)
+
+
+# -- bench ---------------------------------------------------------------------------------------------------------
+
+
+def test_throughput(run: Run, made: list[dict[str, Any]], tiny_model: Path) -> None:
+    options = ["--model", tiny_model, "--num-prompts", "6", "--input-len", "3-40", "--output-len", "2-9"]
+    report = json.loads(run("bench", "throughput", *options, "--repeats", "2", "--json").out)
+    assert len(report["runs"]) == 2
+    assert report["preemptions"] == 0
+    assert 0 < report["host_share"] < 1
+    assert 0 < report["padding_share"] < 1
+    assert report["output_tokens_per_second"] > 0
+    assert report["programs"] > 0
+    assert made[0]["skip_tokenizer_init"]
+    text = run("bench", "throughput", *options, "--repeats", "1").out
+    assert "6 requests" in text
+    assert "tok/s" in text
+
+
+def test_latency_and_its_floor(
+    run: Run, made: list[dict[str, Any]], tiny_llm: LLM, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "read_bandwidth", lambda device: 1e9)
+    options = ["--model", tiny_model, "--input-len", "8", "--output-len", "5", "--repeats", "2"]
+    report = json.loads(run("bench", "latency", *options, "--json").out)
+    arrays = {x.shape: x.nbytes for x in jax.tree.leaves(tiny_llm.engine.runner.params)}
+    total = sum(x.nbytes for x in jax.tree.leaves(tiny_llm.engine.runner.params))
+    embedding = (tiny_llm.engine.runner.decoder.vocab_size, 64)
+    assert report["weight_bytes_read"] == total - arrays[embedding]
+    assert report["floor_seconds"] == report["weight_bytes_read"] / 1e9
+    assert 0 < report["token_seconds_median"] <= report["token_seconds_p90"]
+    assert len(report["ttft"]) == 2
+    assert "× the floor" in run("bench", "latency", *options).out
+
+
+def test_read_bandwidth_is_measured() -> None:
+    assert measure.read_bandwidth(jax.devices()[0], 1 << 22) > 1e8
+
+
+def test_ranges() -> None:
+    assert parse_range("--input-len", "128") == (128, 128)
+    assert parse_range("--input-len", "1-2") == (1, 2)
+    for wrong in ("", "0", "-3", "3-", "a", "5-4"):
+        with pytest.raises(ValueError, match="--input-len"):
+            parse_range("--input-len", wrong)
+
+
+def test_numbers_for_people() -> None:
+    assert [bytes_text(n) for n in (0, 1023, 1536, 1 << 30)] == ["0 B", "1023 B", "1.5 KiB", "1.0 GiB"]
+    assert [count_text(n) for n in (7, 1234, 7_241_732, 2e9)] == ["7", "1.23 k", "7.24 M", "2.00 B"]
+    assert [seconds_text(s) for s in (2e-5, 0.0123, 3)] == ["20.0 µs", "12.30 ms", "3.00 s"]
+    assert jsonable({1: [float("-inf"), (2, None)]}) == {"1": [None, [2, None]]}
