@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,9 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.weights.source import Box, Source
 from sharding import ShardingRules
 from sharding.partition import shardings_for
+
+PIECE_BYTES = 64 << 20
+"""A checkpoint's tensors are read in pieces of about this size."""
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 """Wraps the names of the parameters as they are loaded: a progress bar, or nothing."""
@@ -87,10 +91,32 @@ def _place(source: Source, dtype: np.dtype, sharding: NamedSharding) -> jax.Arra
         box: Box = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index or (), source.shape, strict=True))
         key = tuple((s.start, s.stop) for s in box)
         if key not in read:
-            read[key] = np.ascontiguousarray(source.read(box)).astype(dtype, copy=False)
+            read[key] = _read_in_pieces(source, box, dtype)
         return read[key]
 
     return jax.make_array_from_callback(source.shape, sharding, box_of)
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array at a multiple of 64 bytes: a CPU device then takes it as it is, instead of a copy."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(num_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def _read_in_pieces(source: Source, box: Box, dtype: np.dtype) -> np.ndarray:
+    """``source.read(box)`` in ``dtype``, with no more than ``PIECE_BYTES`` in memory beside the result."""
+    values = _aligned([s.stop - s.start for s in box], dtype)
+    if not values.ndim:
+        return source.read(box).astype(dtype)
+    axis = int(np.argmax(values.shape))
+    step = max(1, PIECE_BYTES * values.shape[axis] // max(values.nbytes, 1))
+    for start in range(box[axis].start, box[axis].stop, step):
+        piece = slice(start, min(start + step, box[axis].stop))
+        into = (slice(None),) * axis + (slice(piece.start - box[axis].start, piece.stop - box[axis].start),)
+        values[into] = source.read((*box[:axis], piece, *box[axis + 1 :]))
+    return values
 
 
 def random_params(
