@@ -65,13 +65,15 @@ class MeshConfig:
                 table = tomllib.load(f)
             except tomllib.TOMLDecodeError as error:
                 raise ValueError(f"mesh file {path}: {error}") from None
-        unknown = sorted(set(table) - {"axes"}) or sorted(set(table.get("axes", {})) - set(MESH_AXES))
-        if unknown or "axes" not in table:
+        axes = table.get("axes")
+        known = axes if isinstance(axes, dict) else {}
+        unknown = sorted(set(table) - {"axes"}) or sorted(set(known) - set(MESH_AXES))
+        if unknown or not isinstance(axes, dict):
             raise ValueError(
                 f"mesh file {path}: {f'unknown key {unknown[0]!r}' if unknown else 'no [axes] table'}; "
                 f"it holds one table [axes] with sizes for {', '.join(MESH_AXES)}"
             )
-        return cls(**table["axes"])
+        return cls(**axes)
 
     @classmethod
     def resolve(cls, mesh: MeshConfig | str | Path | None, **sizes: int) -> MeshConfig:

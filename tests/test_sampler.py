@@ -52,7 +52,7 @@ def empty_state(dp: int, slots: int, vocab: int) -> SamplerState:
     return SamplerState(jnp.zeros((dp, slots, vocab), jnp.float32), jnp.zeros((dp, slots, vocab), jnp.int32))
 
 
-# -- what is left of the vocabulary --------------------------------------------------------------------------------------
+# -- what is left of the vocabulary ------------------------------------------------------------------------------------
 
 
 def kept(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
@@ -86,7 +86,7 @@ def test_truncation_is_what_sorting_gives(rows: list[tuple[list[float], int, flo
     np.testing.assert_array_equal(out[left], logits[left])
     for i in np.ndindex(2, 3):
         close = [
-            kept(logits[i], int(top_k[i]), float(np.clip(top_p[i] * p, 0, 1)), min_p[i] * m)
+            kept(logits[i], int(top_k[i]), float(np.clip(top_p[i] * p, 0, 1)), float(min_p[i] * m))
             for p in (1 - 1e-5, 1 + 1e-5 * (top_p[i] < 1))
             for m in (1 - 1e-5, 1 + 1e-5)
             if min_p[i] * m <= 1
@@ -131,7 +131,7 @@ def test_ordered_bits_order_as_the_floats(values: list[float]) -> None:
     np.testing.assert_array_equal(bits[:, None] < bits[None], x[:, None] < x[None])
 
 
-# -- penalties and edits -------------------------------------------------------------------------------------------------
+# -- penalties and edits -----------------------------------------------------------------------------------------------
 
 tokens = st.lists(st.integers(0, VOCABULARY - 1), max_size=12)
 
@@ -206,7 +206,7 @@ def test_rows_of_edits_are_written_only_when_they_change() -> None:
     assert row([2, 2, 1, 1, 2]) == [banned, 2.5, 0, banned, 0, banned, banned]
 
 
-# -- choosing ------------------------------------------------------------------------------------------------------------
+# -- choosing ----------------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(-2, 2) | st.just(-np.inf), min_size=VOCABULARY, max_size=VOCABULARY))
@@ -232,7 +232,9 @@ def draws(probabilities: np.ndarray, **values: Any) -> np.ndarray:
     """NUM_DRAWS tokens sampled from log-probabilities."""
     logits = np.broadcast_to(np.log(probabilities).astype(np.float32), (1, NUM_DRAWS, len(probabilities)))
     wanted = make_wanted(sampling=True, truncation=bool({"top_k", "top_p", "min_p"} & set(values)))
-    return np.asarray(draw_sample(logits, make_rows(1, NUM_DRAWS, **values), wanted, empty_state(1, 1, logits.shape[-1])))[0]
+    return np.asarray(
+        draw_sample(logits, make_rows(1, NUM_DRAWS, **values), wanted, empty_state(1, 1, logits.shape[-1]))
+    )[0]
 
 
 def assert_distributed(drawn: np.ndarray, probabilities: np.ndarray) -> None:
@@ -274,9 +276,9 @@ def test_neighbouring_draws_are_independent(varied: str) -> None:
 def test_noise_depends_on_seed_position_and_token_only() -> None:
     gumbel = jax.jit(_gumbel, static_argnums=1)
     rng = np.random.default_rng(0)
-    seeds: dict[str, Any] = {
-        name: rng.integers(-(2**31), 2**31, (2, 5)) for name in ("seed_high", "seed_low")
-    } | {"positions": rng.integers(0, 2**31, (2, 5))}
+    seeds: dict[str, Any] = {name: rng.integers(-(2**31), 2**31, (2, 5)) for name in ("seed_high", "seed_low")} | {
+        "positions": rng.integers(0, 2**31, (2, 5))
+    }
     noise = np.asarray(gumbel(make_rows(2, 5, **seeds), 104))
     assert noise.shape == (2, 5, 104) and np.isfinite(noise).all()
     assert len(np.unique(noise)) > 0.99 * noise.size

@@ -155,7 +155,7 @@ def steps(llm: LLM) -> dict[str, jax.stages.Compiled]:
 def collectives(program: jax.stages.Compiled) -> Counter[tuple[str, str]]:
     """(kind, where: "layer_3/attention", or "outside of layers") of every collective in the optimised program."""
     found: Counter[tuple[str, str]] = Counter()
-    for line in program.as_text().splitlines():
+    for line in (program.as_text() or "").splitlines():
         operation = re.search(rf"= .*?\b({'|'.join(COLLECTIVES)})(-start)?\(", line)
         if operation:
             where = re.search(r'op_name="[^"]*?(layer_\d+/\w+)', line)
@@ -192,8 +192,10 @@ def test_the_kv_cache_is_updated_in_place(llm: LLM) -> None:
     assert state is not None
     kv_bytes = sum(array.addressable_shards[0].data.nbytes for array in (*state.keys, *state.values))
     for program in steps(llm).values():
-        assert program.memory_analysis().alias_size_in_bytes >= kv_bytes
-        assert program.memory_analysis().output_size_in_bytes - program.memory_analysis().alias_size_in_bytes < 20_000
+        memory = program.memory_analysis()
+        assert memory is not None
+        assert memory.alias_size_in_bytes >= kv_bytes
+        assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 20_000  # hidden states and tokens
 
 
 def test_kv_blocks_and_slots_lie_where_their_replica_is(llm: LLM) -> None:

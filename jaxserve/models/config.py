@@ -99,6 +99,8 @@ class DecoderConfig:
     """Width of the token embedding where it differs from D (projected in and out)."""
     tied_embeddings: bool = False
     unembed_bias: bool = False
+    kv_copies: int = 1
+    """How often each KV head of the checkpoint is repeated, for a mesh with more ranks than heads."""
     vocab_padding: int = 0
     """Rows behind the vocabulary that make it divide over a mesh; their logits are -inf."""
     eos_token_ids: tuple[int, ...] = field(default=())
@@ -119,7 +121,9 @@ class DecoderConfig:
                 f"{self.num_kv_heads} KV heads, feed-forward size {self.intermediate_size}; "
                 f"sizes that fit: {', '.join(map(str, sizes))}"
             )
-        return replace(self, num_kv_heads=max(self.num_kv_heads, tp), vocab_padding=-self.vocab_size % tp)
+        kv_heads = max(self.num_kv_heads, tp)
+        copies = self.kv_copies * kv_heads // self.num_kv_heads
+        return replace(self, num_kv_heads=kv_heads, kv_copies=copies, vocab_padding=-self.vocab_size % tp)
 
     def _fits(self, tp: int) -> bool:
         kv_divides = self.num_kv_heads % tp == 0 or tp % self.num_kv_heads == 0

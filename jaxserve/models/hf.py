@@ -113,11 +113,10 @@ def max_position(hf: HFConfig, ropes: tuple[RopeConfig, ...]) -> int:
 def fuse_qkv(config: DecoderConfig, q: Source, k: Source, v: Source) -> Source:
     """Weights [out, D] (or biases [out]) of q, k and v -> [D, K, G+2, H] (or [K, G+2, H]).
 
-    ``config`` may have more KV heads than the checkpoint: then each stored one is repeated.
+    ``config`` may have ``kv_copies`` of each of the checkpoint's KV heads.
     """
     heads, group, dim = config.num_kv_heads, config.group_size, config.head_dim
-    stored = k.shape[0] // dim
-    keys, values = (x.split(0, (stored, 1, dim)).repeat(0, heads // stored) for x in (k, v))
+    keys, values = (x.split(0, (heads // config.kv_copies, 1, dim)).repeat(0, config.kv_copies) for x in (k, v))
     fused = concat([q.split(0, (heads, group, dim)), keys, values], axis=1)
     return fused if len(fused.shape) == 3 else fused.transpose(3, 0, 1, 2)
 
@@ -135,6 +134,8 @@ def fuse_gate_up(gate: Source, up: Source) -> Source:
 
 def vocabulary(config: DecoderConfig, embed: Source, unembed: Source | None) -> Weights:
     """The embedding [V, D] and, if untied, the unembedding, padded to the decoder's vocabulary."""
+    if embed.shape[0] != config.vocab_size:
+        raise ValueError(f"the embedding has {embed.shape[0]} rows, vocab_size is {config.vocab_size}")
     rows = config.vocab_size + config.vocab_padding
     if unembed is not None:
         yield "embedding.weight", embed.pad(0, rows)

@@ -29,7 +29,10 @@ def load_hf_config(directory: Path, overrides: dict[str, Any] | None = None) -> 
     path = directory / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{directory}: no config.json; a model is a local Hugging Face checkpoint directory")
-    raw = json.loads(path.read_text()) | (overrides or {})
+    try:
+        raw = json.loads(path.read_text()) | (overrides or {})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON object: {error}") from None
     family_of(raw.get("architectures"))
     model_type = raw.pop("model_type", None)
     if model_type is None:

@@ -78,13 +78,19 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
+    size = path.stat().st_size
     try:
         with open(path, "rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))
-            header = json.loads(f.read(length))
+            header = json.loads(f.read(min(length, size)))
     except (struct.error, ValueError) as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is not a safetensors file: its header is no JSON object")
     header.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end > size:
+        raise ValueError(f"{path} is cut off: its header speaks of {end:,} bytes, it has {size:,}")
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:

@@ -63,24 +63,27 @@ def load_params(
     """Graph definition and parameters on the mesh, read from ``weights``; every parameter exactly once."""
     graph, params = abstract_params(config, dtype)
     shardings = param_shardings(params, mesh, rules)
-    sources = dict(weights)
-    _check_complete(sources, params)
+    sources = _sources(weights, params)
     arrays = {}
     for name in progress(list(params)):
         arrays[name] = _place(sources[name], np.dtype(dtype), shardings[name])
     return graph, assemble(params, arrays)
 
 
-def _check_complete(sources: Mapping[str, Source], params: Mapping[str, nnx.Variable]) -> None:
-    missing, unknown = sorted(set(params) - set(sources)), sorted(set(sources) - set(params))
-    if missing or unknown:
-        raise ValueError(f"checkpoint and model disagree: missing {missing[:3]}, not in the model {unknown[:3]}")
+def _sources(weights: Iterator[tuple[str, Source]], params: Mapping[str, nnx.Variable]) -> dict[str, Source]:
+    """Where every parameter comes from, each there once and of the right shape."""
+    try:
+        sources = dict(weights)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"config.json and the weights do not belong together: {error.args[0]}") from error
+    assert set(sources) == set(params), set(sources) ^ set(params)
     for name, variable in params.items():
         if sources[name].shape != variable.get_value().shape:
             raise ValueError(
                 f"{name}: the checkpoint gives shape {sources[name].shape}, the config asks for "
                 f"{variable.get_value().shape}: config.json and the weights do not belong together"
             )
+    return sources
 
 
 def _place(source: Source, dtype: np.dtype, sharding: NamedSharding) -> jax.Array:

@@ -136,7 +136,7 @@ class Merged(Source):
         first, last = wanted.start // stride, -(-wanted.stop // stride)
         rows = (slice(first, last), *(slice(0, n) for n in inner))
         values = self.base.read((*box[:a], *rows, *box[a + 1 :]))
-        flat = values.reshape(*values.shape[:a], -1, *values.shape[a + self.count :])
+        flat = values.reshape(*values.shape[:a], (last - first) * stride, *values.shape[a + self.count :])
         keep = slice(wanted.start - first * stride, wanted.stop - first * stride)
         return flat[(slice(None),) * a + (keep,)]
 
@@ -195,4 +195,6 @@ class Concatenated(Source):
             if low < high:
                 pieces.append(part.read(_replace(box, self.axis, slice(low, high))))
             start += size
+        if not pieces:
+            return self.parts[0].read(_replace(box, self.axis, slice(0, 0)))
         return np.concatenate(pieces, axis=self.axis)
