@@ -25,7 +25,7 @@ $(VENV)/.dev: $(VENV)/.runtime
 	@touch $@
 
 demo: $(VENV)/.runtime  ## Answer several prompts at once with the built-in model
-	@$(PY) -m jaxserve generate --model demo --max-tokens 24 --temperature 0 --stop "$$(printf '\nQ:')" --prompts-file scripts/demo_prompts.jsonl
+	@$(PY) -m jaxserve generate --model demo --max-tokens 48 --temperature 0 --stop Q: --prompts-file scripts/demo_prompts.jsonl
 
 test: $(VENV)/.dev  ## Run the tests
 	@$(PY) -m pytest -n 2

@@ -14,12 +14,17 @@ from jaxserve import LLM, RequestOutput, SamplingParams
 
 MakeLLM = Callable[..., LLM]
 
-NUM_BLOCKS = {"num_gpu_blocks_override": 130}
 OPTIONS: list[dict[str, Any]] = [
     {"temperature": 0},
-    {"temperature": 0.9},
+    {"temperature": 0.9, "logprobs": 0, "prompt_logprobs": 2},
     {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.01},
-    {"temperature": 1.0, "presence_penalty": 0.8, "frequency_penalty": 0.3, "repetition_penalty": 1.3},
+    {
+        "temperature": 1.0,
+        "presence_penalty": 0.8,
+        "frequency_penalty": 0.3,
+        "repetition_penalty": 1.3,
+        "prompt_logprobs": 0,
+    },
     {"temperature": 0, "repetition_penalty": 1.5, "logprobs": 3, "prompt_logprobs": 0},
     {"temperature": 0.7, "allowed_token_ids": range(0, 103, 3), "logit_bias": {9: 2.0}, "logprobs": 0},
     {"temperature": 0, "min_tokens": 12, "logit_bias": {102: 100}},
@@ -90,6 +95,7 @@ def test_after_preemption(make_llm: MakeLLM, odd_model: Path, alone: list[Reques
     assert llm.get_metrics().num_preemptions > 0
     preempted = [o for o in outputs if o.metrics and o.metrics.num_preemptions]
     assert any(o.outputs[0].logprobs for o in preempted)
+    assert any(o.prompt_logprobs and len(o.prompt_logprobs) > 30 for o in preempted)
 
 
 def test_with_blocks_of_another_size(make_llm: MakeLLM, odd_model: Path, alone: list[RequestOutput]) -> None:

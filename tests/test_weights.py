@@ -334,6 +334,7 @@ from pathlib import Path
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
+import jaxserve.weights.orbax  # its imports are no weights
 from jaxserve.build import ModelFiles, load_model
 from jaxserve.engine_args import EngineArgs
 from sharding import MeshConfig, ShardingRules, build_mesh
@@ -371,4 +372,4 @@ def test_loading_holds_the_weights_once(tmp_path: Path, tp: int) -> None:
         weights.unlink()
     peak, held = map(int, done.stdout.split())
     assert held >= 0.99 * stored
-    assert peak < 1.5 * held, f"{peak / 1e6:.0f} MB at the peak for {held / 1e6:.0f} MB of weights"
+    assert peak < 1.25 * held, f"{peak / 1e6:.0f} MB at the peak for {held / 1e6:.0f} MB of weights"
