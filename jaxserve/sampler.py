@@ -86,8 +86,9 @@ def _penalize(logits: Array, rows: SamplingRows, state: SamplerState) -> Array:
 
 def argmax(logits: Array) -> Array:
     """Lowest index of the largest entry of the last axis, int32: two plain reductions, which vectorise and shard
-    better than one over (value, index) pairs."""
-    best = jnp.max(logits, axis=-1, keepdims=True)
+    better than one over (value, index) pairs. The barrier keeps XLA:CPU from fusing them, which costs ten times as
+    much (15 ms against 1.5 for 32 rows of 152k)."""
+    best = jax.lax.optimization_barrier(jnp.max(logits, axis=-1, keepdims=True))
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     return jnp.min(jnp.where(logits == best, index, logits.shape[-1] - 1), axis=-1)
 
