@@ -166,7 +166,7 @@ class Scheduler:
                 f"{limit - 1} and one token of output: shorten it or raise max_model_len"
             )
         pool = self.replicas[0].kv
-        total = min(num_prompt_tokens + max_tokens, limit)
+        total = min(num_prompt_tokens + max_tokens, limit) - 1  # the last token's K and V are never needed
         if pool.blocks_for(total) > pool.pool.num_usable:
             raise ValueError(
                 f"{num_prompt_tokens} prompt tokens and max_tokens={max_tokens} need {pool.blocks_for(total)} KV "

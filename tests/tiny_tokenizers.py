@@ -48,9 +48,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
     """
     tokenizer = Tokenizer(_byte_fallback_bpe(replacement="\ufffd"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
     return _wrapped(tokenizer)
 
 

@@ -28,16 +28,6 @@ class Ragged(NamedTuple):
     block_tables: Array
 
 
-@dataclass(frozen=True)
-class Masking:
-    """Static options of one layer's attention."""
-
-    scale: float
-    window: int | None = None
-    """A token sees itself and the window - 1 tokens before it; None = all."""
-    softcap: float | None = None
-
-
 CacheShapes = tuple[tuple[int, ...], tuple[int, ...]]
 """Of the K and of the V cache; axes 0 and 1 are block and kv head."""
 
