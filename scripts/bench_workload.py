@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
-import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -169,7 +169,7 @@ def main() -> None:
         "mixed": args.mixed,
         "load_s": round(load, 1),
         "programs": len(compiled),
-        "compile_s": round(statistics.fsum(c.seconds for c in compiled), 1),
+        "compile_s": round(math.fsum(c.seconds for c in compiled), 1),
         "throughput": throughput(llm, args.repeats, args.mixed),
         "latency": latency(llm, args.repeats + 1, sum(x.nbytes for x in read)),
         "rss_mib": round(psutil.Process().memory_info().rss / 2**20),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from jaxserve.layers.attention import Attend
 from jaxserve.layers.norm import Norm
@@ -179,7 +180,7 @@ class Decoder(nnx.Module):
     large product at the end of every step reads it in the layout that XLA multiplies fastest.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         init = _Init(jnp.dtype(dtype), rngs)
         d, v = config.hidden_size, config.vocab_size + config.vocab_padding
         e = config.embed_dim or d
