@@ -138,10 +138,6 @@ class Engine:
                 self._note_end(completion)
         return self._collect([group], final=True)[0]
 
-    def abort_all(self) -> None:
-        for request_id in list(self._groups):
-            self.abort(request_id)
-
     @property
     def has_unfinished(self) -> bool:
         return bool(self._groups)
