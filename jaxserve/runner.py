@@ -201,12 +201,7 @@ class ModelRunner:
     def step(self, batch: Batch) -> tuple[StepOutput, Array]:
         """Run one step. Returns its output and the hidden states [dp, T, D], which stay on the device."""
         program = self.step_program(batch.layout, self.num_blocks)
-        tokens, hidden, self.state = program(
-            self.params,
-            self.state,
-            jax.device_put(batch.buffer, self._per_replica),
-            jax.device_put(batch.features.as_array(), self._replicated),
-        )
+        tokens, hidden, self.state = program(self.params, self.state, batch.buffer, batch.features.as_array())
         return StepOutput(np.asarray(tokens)), hidden
 
     def write_slot(self, replica: int, slot: int, bias: np.ndarray, counts: np.ndarray) -> None:
