@@ -151,6 +151,7 @@ class EngineArgs:
 
 UNSUPPORTED: Mapping[str, Any] = {
     "trust_remote_code": False,
+    "served_model_name": None,
     "enable_expert_parallel": False,
     "scheduling_policy": "fcfs",
     "async_scheduling": False,
