@@ -104,7 +104,7 @@ class LLM:
         return self.engine.metrics
 
     def compiled_programs(self) -> list[CompileRecord]:
-        """Every program that was compiled, with its time; none is late unless something is wrong."""
+        """Every program that was compiled, when, and how long it took; after the constructor there are no more."""
         return list(self.engine.runner.compiled)
 
     # -- how a call runs ---------------------------------------------------------------------------------------------

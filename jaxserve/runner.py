@@ -32,13 +32,12 @@ TOP_LOGPROBS = 20
 
 
 class CompileRecord(NamedTuple):
-    """One program that was compiled: its name and shape, when (seconds after the runner was made), how long it took,
-    and whether warm-up was over."""
+    """One program that was compiled: its name and shape, when (seconds after the runner was made) and how long it
+    took."""
 
     program: str
     started: float
     seconds: float
-    late: bool
 
 
 class Scores(NamedTuple):
@@ -120,7 +119,7 @@ class ModelRunner:
             with jax.set_mesh(self.mesh):
                 self._programs[key] = lower().compile()
             seconds = time.perf_counter() - start
-            self.compiled.append(CompileRecord(name, start - self._made, seconds, self.warm))
+            self.compiled.append(CompileRecord(name, start - self._made, seconds))
         return self._programs[key]
 
     def abstract_state(self, num_blocks: int) -> DeviceState:
@@ -154,7 +153,10 @@ class ModelRunner:
         hidden = jax.ShapeDtypeStruct((dp, rows, d), self.params[0].dtype, sharding=sharding)
         targets = jax.ShapeDtypeStruct((dp, rows), jnp.int32, sharding=self._per_replica)
         name = f"score[rows={rows}, {'whole vocabulary' if whole else f'top {TOP_LOGPROBS}'}]"
-        lower = lambda: jax.jit(self._score, static_argnums=3).lower(self.params, hidden, targets, whole)  # noqa: E731
+
+        def lower() -> Any:
+            return jax.jit(self._score, static_argnums=3).lower(self.params, hidden, targets, whole)
+
         return self._compile(name, ("score", rows, whole), lower)
 
     def _write_slot_program(self) -> Any:

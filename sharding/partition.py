@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 
 from jax.sharding import Mesh, NamedSharding
 
@@ -39,14 +38,3 @@ def shardings_for(
     for name, shape in shapes.items():
         shard_shape(name, shape, axes[name], mesh, rules)
     return {name: NamedSharding(mesh, rules.spec(axes[name])) for name in shapes}
-
-
-def bytes_per_device(
-    shapes: Mapping[str, Sequence[int]],
-    axes: Mapping[str, Sequence[str | None]],
-    itemsize: int,
-    mesh: Mesh,
-    rules: ShardingRules,
-) -> int:
-    """Bytes that one device holds of the named arrays (every device holds the same)."""
-    return sum(prod(shard_shape(name, shapes[name], axes[name], mesh, rules)) for name in shapes) * itemsize

@@ -25,8 +25,19 @@ from jaxserve.models import hf, llama
 from jaxserve.models.registry import FAMILIES, decoder_config, load_hf_config
 from jaxserve.weights.checkpoint import Checkpoint
 from jaxserve.weights.loader import load_params
-from jaxserve.weights.source import Box, InMemory, Source, concat, stack
+from jaxserve.weights.source import Box, Source, concat, stack
 from sharding import MeshConfig, ShardingRules, build_mesh
+
+
+class InMemory(Source):
+    """An array as a source."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape = array, array.shape
+
+    def read(self, box: Box) -> np.ndarray:
+        return self.array[box]
+
 
 # -- sources -----------------------------------------------------------------------------------------------------------
 

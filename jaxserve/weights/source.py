@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -79,20 +79,6 @@ class Stored(Source):
             return np.zeros([s.stop - s.start for s in box], self.dtype)
         mapped = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
         return np.array(mapped[box])
-
-
-@dataclass(frozen=True)
-class InMemory(Source):
-    """An array as a source: for weights that are made instead of read."""
-
-    array: np.ndarray
-    shape: tuple[int, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", self.array.shape)
-
-    def read(self, box: Box) -> np.ndarray:
-        return self.array[box]
 
 
 class Transposed(Source):
