@@ -12,21 +12,26 @@ from functools import cached_property
 
 import numpy as np
 
+from jaxserve.config import SchedulerConfig
 from jaxserve.logit_edits import edits_logits, has_penalties
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduled, SchedulerOutput
 
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+SAMPLING_FIELDS = ("seed_high", "seed_low", "top_k", *FLOAT_FIELDS)
+"""Of a sequence, the same in every step."""
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """Where each array lies in the buffer, for a step of T tokens and S sequences with tables of B blocks.
+    """Where each array lies in the buffer, for a step of T tokens and S sequences with tables of B blocks in each of
+    G groups of layers.
 
-    Per token [T]: token_ids, positions, rope_lens (length of the sequence when the token was first computed),
-    slot_mapping. Per sequence [S]: kv_lens, logits_indices (row of its last token), samples (1 if the step ends
-    with its last token), slots (row of its device state), seed_high and seed_low, and the sampling parameters,
-    temperature 0 meaning greedy. cu_q_lens [S+1], block_tables [S, B].
+    Per token [T]: token_ids (-1 - slot: the token that was sampled last in that slot, which only the device knows),
+    positions, rope_lens (length of the sequence when the token was first computed); slot_mapping [G, T].
+    Per sequence [S]: kv_lens, logits_indices (row of its last token), samples (how many tokens the step samples for
+    it), slots (row of its device state), and the sampling parameters, temperature 0 meaning greedy. cu_q_lens [S+1],
+    block_tables [G, S, B].
     """
 
     num_tokens: int
@@ -34,15 +39,17 @@ class BatchLayout:
     num_blocks: int
     one_token_each: bool = False
     """Every sequence has one token (T = S): the step of a batch that only decodes."""
+    num_groups: int = 1
+    num_steps: int = 1
+    """Decode steps in one."""
 
     @cached_property
     def fields(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """name -> (first word, shape)."""
-        t, s = (self.num_tokens,), (self.num_seqs,)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "positions", "rope_lens", "slot_mapping"), t)
-        shapes |= {"cu_q_lens": (self.num_seqs + 1,), "block_tables": (self.num_seqs, self.num_blocks)}
-        per_seq = ("kv_lens", "logits_indices", "samples", "slots", "seed_high", "seed_low", "top_k", *FLOAT_FIELDS)
-        shapes |= dict.fromkeys(per_seq, s)
+        t, s, g = (self.num_tokens,), (self.num_seqs,), self.num_groups
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "positions", "rope_lens"), t)
+        shapes |= {"slot_mapping": (g, *t), "cu_q_lens": (self.num_seqs + 1,), "block_tables": (g, *s, self.num_blocks)}
+        shapes |= dict.fromkeys(("kv_lens", "logits_indices", "samples", "slots", *SAMPLING_FIELDS), s)
         starts, word = {}, 0
         for name, shape in shapes.items():
             starts[name] = (word, shape)
@@ -97,9 +104,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step hands up: token_ids int32 [dp, S], one per scheduled sequence (garbage where none was sampled)."""
+    """What a step hands up: token_ids int32 [dp, num_steps, S], of each scheduled sequence the tokens sampled one
+    after the other (garbage where none was)."""
 
     token_ids: np.ndarray
+
+    def rows(self, output: SchedulerOutput) -> list[list[list[int]]]:
+        """The tokens of each replica's rows."""
+        return [self.token_ids[i, :, : len(rows)].T.tolist() for i, rows in enumerate(output.replicas)]
 
 
 def view(buffer: np.ndarray, layout: BatchLayout, name: str) -> np.ndarray:
@@ -108,59 +120,102 @@ def view(buffer: np.ndarray, layout: BatchLayout, name: str) -> np.ndarray:
     return words.view(np.float32) if name in FLOAT_FIELDS else words
 
 
-def build_batch(output: SchedulerOutput, layout: BatchLayout, block_size: int) -> Batch:
-    """Lay a schedule out as arrays. Rows keep the scheduler's order; padding is zero (block 0, no tokens)."""
-    buffer = np.zeros((len(output.replicas), layout.num_words), np.int32)
-    features = [Features.of(s.request.params) for rows in output.replicas for s in rows]
-    for replica, rows in enumerate(output.replicas):
-        arrays = {name: view(buffer[replica : replica + 1], layout, name)[0] for name in layout.fields}
-        _fill(arrays, rows, block_size)
-    merged = np.any([f.as_array() for f in features], axis=0) if features else np.zeros(4, bool)
-    return Batch(layout, buffer, Features(*map(bool, merged)))
+class BatchBuilder:
+    """Lays schedules out as arrays, one after the other. What a sequence keeps from step to step (its tables, its
+    sampling parameters) is kept by slot and only added to."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        shape = (config.num_replicas, len(config.windows), config.max_num_seqs)
+        self.block_size = config.block_size
+        self._tables = np.zeros((*shape, config.blocks_per_sequence), np.int32)
+        self._lengths = np.zeros(shape, np.int32).tolist()
+        self._sampling = np.zeros((shape[0], len(SAMPLING_FIELDS), shape[2]), np.int32)
+        self._features: list[list[Features]] = [[Features()] * shape[2] for _ in range(shape[0])]
+        self._templates: dict[BatchLayout, np.ndarray] = {}
+
+    def build(self, output: SchedulerOutput, layout: BatchLayout) -> Batch:
+        """Rows keep the scheduler's order; padding is zero (block 0, no tokens)."""
+        buffer = self._template(layout, len(output.replicas)).copy()
+        features = set[Features]()
+        for replica, rows in enumerate(output.replicas):
+            if rows:
+                for scheduled in rows:
+                    self._remember(replica, scheduled)
+                    features.add(self._features[replica][scheduled.slot])
+                arrays = {name: view(buffer[replica : replica + 1], layout, name)[0] for name in LAID_OUT}
+                self._fill(arrays, replica, rows, layout)
+                self._fill_sampling(buffer[replica], replica, rows, layout)
+        merged = np.any([f.as_array() for f in features], axis=0) if features else np.zeros(4, bool)
+        return Batch(layout, buffer, Features(*map(bool, merged)))
+
+    def _template(self, layout: BatchLayout, num_replicas: int) -> np.ndarray:
+        if layout not in self._templates:
+            buffer = np.zeros((num_replicas, layout.num_words), np.int32)
+            view(buffer, layout, "repetition_penalty")[:] = 1.0
+            self._templates[layout] = buffer
+        return self._templates[layout]
+
+    def _remember(self, replica: int, scheduled: Scheduled) -> None:
+        """Take over what is new about a slot."""
+        slot = scheduled.slot
+        if scheduled.is_new:
+            request = scheduled.request
+            self._sampling[replica, :, slot] = sampling_words(request.params, request.seed)
+            self._features[replica][slot] = Features.of(request.params)
+        for group, table in enumerate(scheduled.tables):
+            lengths = self._lengths[replica][group]
+            known = 0 if scheduled.is_new else lengths[slot]
+            if len(table) > known:
+                self._tables[replica, group, slot, known : len(table)] = table[known:]
+            lengths[slot] = len(table)
+
+    def _fill(self, arrays: dict[str, np.ndarray], replica: int, rows: list[Scheduled], layout: BatchLayout) -> None:
+        num_rows, size = len(rows), self.block_size
+        slots = np.array([s.slot for s in rows])
+        starts = np.array([s.start for s in rows])
+        counts = np.array([s.count for s in rows]) if layout.num_steps == 1 else np.ones(num_rows, np.int64)
+        prompts = np.array([len(s.request.prompt_token_ids) for s in rows])
+        tokens = [token for s in rows for token in _tokens(s, layout.num_steps)]
+        ends = np.cumsum(counts)
+        row = np.repeat(np.arange(num_rows), counts)  # of each token
+        positions = starts[row] + np.arange(len(tokens)) - (ends - counts)[row]
+        block, offset = np.divmod(positions, size)
+        arrays["token_ids"][: len(tokens)] = tokens
+        arrays["positions"][: len(tokens)] = positions
+        arrays["rope_lens"][: len(tokens)] = np.maximum(positions + 1, prompts[row])
+        for group, tables in enumerate(self._tables[replica]):
+            table = tables[slots]
+            arrays["block_tables"][group, :num_rows] = table
+            arrays["slot_mapping"][group, : len(tokens)] = table[row, block] * size + offset
+        arrays["cu_q_lens"][1 : num_rows + 1] = ends
+        arrays["cu_q_lens"][num_rows + 1 :] = ends[-1]
+        arrays["kv_lens"][:num_rows] = starts + counts
+        arrays["logits_indices"][:num_rows] = ends - 1
+        arrays["samples"][:num_rows] = [s.samples for s in rows]
+        arrays["slots"][:num_rows] = slots
+
+    def _fill_sampling(self, words: np.ndarray, replica: int, rows: list[Scheduled], layout: BatchLayout) -> None:
+        first, _ = layout.fields[SAMPLING_FIELDS[0]]
+        fields = words[first : first + len(SAMPLING_FIELDS) * layout.num_seqs].reshape(len(SAMPLING_FIELDS), -1)
+        fields[:, : len(rows)] = self._sampling[replica][:, [s.slot for s in rows]]
 
 
-def _fill(arrays: dict[str, np.ndarray], rows: list[Scheduled], block_size: int) -> None:
-    at = 0
-    arrays["repetition_penalty"][:] = 1.0
-    for row, scheduled in enumerate(rows):
-        start, count = scheduled.start, scheduled.count
-        _fill_tokens({k: v[at : at + count] for k, v in arrays.items() if k in TOKEN_FIELDS}, scheduled, block_size)
-        at += count
-        arrays["block_tables"][row, : len(scheduled.blocks)] = scheduled.blocks
-        arrays["cu_q_lens"][row + 1] = at
-        arrays["kv_lens"][row] = start + count
-        arrays["logits_indices"][row] = at - 1
-        arrays["samples"][row] = scheduled.samples
-        arrays["slots"][row] = scheduled.slot
-        _fill_sampling(arrays, row, scheduled)
-    arrays["cu_q_lens"][len(rows) + 1 :] = at
+LAID_OUT = (
+    *("token_ids", "positions", "rope_lens", "slot_mapping", "cu_q_lens", "block_tables"),
+    *("kv_lens", "logits_indices", "samples", "slots"),
+)
 
 
-TOKEN_FIELDS = frozenset(("token_ids", "positions", "rope_lens", "slot_mapping"))
+def _tokens(scheduled: Scheduled, num_steps: int) -> list[int]:
+    """Token ids of one row."""
+    request, start = scheduled.request, scheduled.start
+    if start >= request.num_tokens:
+        return [-1 - scheduled.slot]
+    return request.tokens(start, start + (scheduled.count if num_steps == 1 else 1))
 
 
-def _fill_tokens(arrays: dict[str, np.ndarray], scheduled: Scheduled, block_size: int) -> None:
-    """The tokens of one sequence; the arrays are cut to its rows."""
-    request, start, count = scheduled.request, scheduled.start, scheduled.count
-    prompt = request.num_prompt_tokens
-    if count == 1:  # most rows of most steps: no arrays for one number
-        arrays["token_ids"][0] = request.tokens(start, start + 1)[0]
-        arrays["positions"][0] = start
-        arrays["rope_lens"][0] = max(start + 1, prompt)
-        arrays["slot_mapping"][0] = scheduled.blocks[start // block_size] * block_size + start % block_size
-        return
-    positions = np.arange(start, start + count, dtype=np.int32)
-    arrays["token_ids"][:] = request.tokens(start, start + count)
-    arrays["positions"][:] = positions
-    arrays["rope_lens"][:] = np.maximum(positions + 1, prompt)
-    blocks = np.asarray(scheduled.blocks, np.int32)
-    arrays["slot_mapping"][:] = blocks[positions // block_size] * block_size + positions % block_size
-
-
-def _fill_sampling(arrays: dict[str, np.ndarray], row: int, scheduled: Scheduled) -> None:
-    params, seed = scheduled.request.params, scheduled.request.seed
-    for name in FLOAT_FIELDS:
-        arrays[name][row] = getattr(params, name)
-    arrays["top_k"][row] = max(params.top_k, 0)
-    arrays["seed_high"][row] = np.uint32(seed >> 32 & 0xFFFFFFFF).view(np.int32)
-    arrays["seed_low"][row] = np.uint32(seed & 0xFFFFFFFF).view(np.int32)
+def sampling_words(params: SamplingParams, seed: int) -> np.ndarray:
+    """int32 [len(SAMPLING_FIELDS)]."""
+    floats = np.array([getattr(params, name) for name in FLOAT_FIELDS], np.float32).view(np.int32)
+    seeds = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32).view(np.int32)
+    return np.concatenate([seeds, np.array([max(params.top_k, 0)], np.int32), floats])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,13 @@ import psutil
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxserve.config import GIB, SchedulerConfig, decode_buckets, token_buckets
+from jaxserve.config import GIB, FairnessConfig, SchedulerConfig, SwapConfig, decode_buckets, token_buckets
 from jaxserve.device_state import bytes_per_device, kv_bytes_per_block
 from jaxserve.engine import Engine
 from jaxserve.engine_args import EngineArgs
 from jaxserve.models.config import DecoderConfig
 from jaxserve.models.registry import decoder_config, family_of, load_hf_config
+from jaxserve.recording import RecordedScheduler
 from jaxserve.runner import ModelRunner, RunnerConfig
 from jaxserve.scheduler import Scheduler
 from jaxserve.tokenizer import load_tokenizer
@@ -33,6 +35,8 @@ CPU_KV_BYTES = 2 * GIB
 """KV memory of a CPU run, all devices together, unless the user says otherwise."""
 COMPILE_CACHE_BYTES = 8 * GIB
 """Largest size of the directory that keeps compiled programs."""
+GPU_SWAP_GIB = 4.0
+"""Host memory for preempted requests, per replica of GPUs, unless the user says otherwise."""
 GPU_RESERVE_BYTES = GIB // 2
 """Left free on a GPU beside weights, step and cache: CUDA context, NCCL buffers, fragmentation."""
 
@@ -151,23 +155,30 @@ def build_engine(args: EngineArgs) -> Engine:
     mesh = open_mesh(mesh_config)
     platform = mesh.devices.flat[0].platform
     model = load_model(files, args, decoder, mesh, rules)
-    limits = _limits(args, decoder, platform, mesh_config.dp)
     dtype = resolve_dtype(args.dtype, files.hf)
+    limits = _limits(args, decoder, platform, dtype, mesh_config.dp)
     runner = ModelRunner(
         model,
         decoder,
         dispatch.paged_attention(platform, args.attention_backend),
-        _runner_config(args, limits, platform, dtype),
+        _runner_config(args, decoder, limits, platform, dtype),
         mesh,
         rules,
     )
-    num_blocks = _num_blocks(args, runner, limits, platform)
-    limits = replace(limits, num_blocks=num_blocks)
-    runner.warm_up(num_blocks, _progress("compiling", args.use_tqdm_on_load))
-    return Engine(Scheduler(limits), runner, tokenizer, files.eos_token_ids, args.seed)
+    limits = replace(limits, num_blocks=_num_blocks(args, runner, limits, platform))
+    limits = replace(limits, swap=_swap(args, runner, platform))
+    num_blocks = tuple(limits.blocks_of(window) for window in limits.windows)
+    runner.warm_up(num_blocks, _progress("compiling", args.use_tqdm_on_load), swaps=limits.swap.num_blocks > 0)
+    if limits.swap.num_blocks and limits.swap.mode == "auto":
+        tokens, moved = runner.measure_rates()
+        limits = replace(limits, swap=replace(limits.swap, prefill_tokens_per_second=tokens, bytes_per_second=moved))
+    scheduler = Scheduler(limits)
+    if args.record is not None:
+        scheduler = RecordedScheduler(limits, Path(args.record), args.as_json())
+    return Engine(scheduler, runner, tokenizer, files.eos_token_ids, args.seed, args.async_scheduling)
 
 
-def _limits(args: EngineArgs, decoder: DecoderConfig, platform: str, dp: int) -> SchedulerConfig:
+def _limits(args: EngineArgs, decoder: DecoderConfig, platform: str, dtype: jnp.dtype, dp: int) -> SchedulerConfig:
     """The scheduler's limits, but for the number of blocks, which is known once the step is compiled."""
     longest = args.max_model_len or decoder.max_position
     table = decoder.learned_positions - decoder.position_offset
@@ -176,33 +187,64 @@ def _limits(args: EngineArgs, decoder: DecoderConfig, platform: str, dp: int) ->
     tokens = args.max_num_batched_tokens or (512 if platform == "cpu" else 2048)
     if not args.enable_chunked_prefill and args.max_num_batched_tokens is None:
         tokens = max(tokens, longest)
+    seqs = args.max_num_seqs or min(tokens, 64 if platform == "cpu" else 256)
+    decode = args.decode_buckets or decode_buckets(seqs)
+    _check_buckets("decode_buckets", decode, "max_num_seqs", seqs)
+    rows = args.token_buckets or token_buckets(tokens)
+    _check_buckets("token_buckets", rows, "max_num_batched_tokens", tokens)
     return SchedulerConfig(
         max_model_len=longest,
-        max_num_seqs=args.max_num_seqs or min(tokens, 64 if platform == "cpu" else 256),
+        max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
         block_size=args.block_size,
         num_blocks=2,
+        windows=decoder.layer_groups(longest)[0],
         enable_chunked_prefill=args.enable_chunked_prefill,
+        long_prefill_token_threshold=args.long_prefill_token_threshold,
+        max_num_partial_prefills=args.max_num_partial_prefills,
+        enable_prefix_caching=args.enable_prefix_caching,
+        keys_depend_on_prompt_length=any(rope.depends_on_length for rope in decoder.ropes),
+        num_scheduler_steps=args.num_scheduler_steps,
+        decode_buckets=tuple(sorted({max(b, _min_rows(platform, dtype)) for b in decode})),
+        token_buckets=tuple(rows),
+        policy=args.scheduling_policy,
+        fairness=FairnessConfig.of(args.fairness),
+        max_num_queued_requests=args.max_num_queued_requests,
+        max_num_queued_tokens=args.max_num_queued_tokens,
         num_replicas=dp,
     )
 
 
-def _runner_config(args: EngineArgs, limits: SchedulerConfig, platform: str, dtype: jnp.dtype) -> RunnerConfig:
-    # XLA:CPU has no fast path for bfloat16 products of fewer rows than this (2 GB/s of weights instead of 35).
-    min_rows = 8 if platform == "cpu" and dtype != jnp.float32 else 1
-    tokens = args.token_buckets or token_buckets(limits.max_num_batched_tokens)
-    _check_buckets("token_buckets", tokens, "max_num_batched_tokens", limits.max_num_batched_tokens)
-    decode = args.decode_buckets or decode_buckets(limits.max_num_seqs)
-    _check_buckets("decode_buckets", decode, "max_num_seqs", limits.max_num_seqs)
+def _swap(args: EngineArgs, runner: ModelRunner, platform: str) -> SwapConfig:
+    """Host memory for preempted requests; the rates are measured once the engine is warm."""
+    default = 0.0 if platform == "cpu" else GPU_SWAP_GIB
+    space = int((default if args.swap_space is None else args.swap_space) * GIB)
+    config, tp = runner.config, runner.mesh.shape["tp"]
+    layers = len(config.layer_groups)
+    block = tp * kv_bytes_per_block(runner.decoder, layers, config.block_size, config.kv_dtype.itemsize, tp)
+    return SwapConfig(num_blocks=space // block, mode=args.preemption_mode, block_bytes=block)
+
+
+def _runner_config(
+    args: EngineArgs, decoder: DecoderConfig, limits: SchedulerConfig, platform: str, dtype: jnp.dtype
+) -> RunnerConfig:
     return RunnerConfig(
-        decode_buckets=tuple(sorted({max(b, min_rows) for b in decode})),
-        token_buckets=tuple(tokens),
+        decode_buckets=limits.decode_buckets,
+        token_buckets=limits.token_buckets,
         max_num_seqs=limits.max_num_seqs,
         blocks_per_sequence=limits.blocks_per_sequence,
         block_size=limits.block_size,
         kv_dtype=resolve_kv_dtype(args.kv_cache_dtype, dtype, platform),
-        min_rows=min_rows,
+        windows=limits.windows,
+        layer_groups=decoder.layer_groups(limits.max_model_len)[1],
+        num_steps=limits.num_scheduler_steps,
+        min_rows=_min_rows(platform, dtype),
     )
+
+
+def _min_rows(platform: str, dtype: jnp.dtype) -> int:
+    """XLA:CPU has no fast path for bfloat16 products of fewer rows than this (2 GB/s of weights instead of 35)."""
+    return 8 if platform == "cpu" and dtype != jnp.float32 else 1
 
 
 def _check_buckets(name: str, buckets: tuple[int, ...], limit_name: str, limit: int) -> None:
@@ -211,11 +253,10 @@ def _check_buckets(name: str, buckets: tuple[int, ...], limit_name: str, limit: 
 
 
 def _num_blocks(args: EngineArgs, runner: ModelRunner, limits: SchedulerConfig, platform: str) -> int:
-    """KV blocks per replica: as told, or what fits the memory, and never more than could be used."""
+    """KV blocks per replica, of layers that keep every token: as told, or what fits the memory, and never more than
+    could be used."""
     if args.num_gpu_blocks_override is not None:
         return args.num_gpu_blocks_override
-    itemsize = runner.config.kv_dtype.itemsize
-    block = kv_bytes_per_block(runner.decoder, limits.block_size, itemsize, runner.mesh.shape["tp"])
     if args.kv_cache_memory_bytes is not None:
         available, source = args.kv_cache_memory_bytes, "kv_cache_memory_bytes"
     elif platform == "cpu":
@@ -225,13 +266,24 @@ def _num_blocks(args: EngineArgs, runner: ModelRunner, limits: SchedulerConfig, 
         limit = _memory_limit(runner.mesh.devices.flat[0])
         available = kv_bytes_on_gpu(limit, args.gpu_memory_utilization, step_bytes(runner))
         source = f"gpu_memory_utilization={args.gpu_memory_utilization}"
-    blocks = available // block
-    if blocks < 2:
+
+    def needed(num_blocks: int) -> int:
+        return kv_bytes(runner, replace(limits, num_blocks=num_blocks))
+
+    if needed(2) > available:
         raise ValueError(
             f"no room for KV blocks: {source} leaves {available:,} bytes on each device, a block of "
-            f"{limits.block_size} tokens takes {block:,}, and at least 2 are needed"
+            f"{limits.block_size} tokens takes {needed(2) // 2:,}, and at least 2 are needed"
         )
-    return min(blocks, 1 + limits.max_num_seqs * limits.blocks_per_sequence)
+    useful = 1 + limits.max_num_seqs * limits.blocks_per_sequence
+    return bisect_right(range(useful + 1), available, lo=2, key=needed) - 1
+
+
+def kv_bytes(runner: ModelRunner, limits: SchedulerConfig) -> int:
+    """Bytes per device of the caches of all layers."""
+    config, tp = runner.config, runner.mesh.shape["tp"]
+    layer = kv_bytes_per_block(runner.decoder, 1, limits.block_size, config.kv_dtype.itemsize, tp)
+    return sum(layer * limits.blocks_of(limits.windows[group]) for group in config.layer_groups)
 
 
 def _memory_limit(device: Any) -> int:
@@ -247,9 +299,10 @@ def kv_bytes_on_gpu(limit: int, utilization: float, step: int) -> int:
     return max(0, int(limit * utilization) - step - GPU_RESERVE_BYTES)
 
 
-def step_bytes(runner: ModelRunner, probe_blocks: int = 2) -> int:
+def step_bytes(runner: ModelRunner, probe: int = 2) -> int:
     """Bytes per device that the largest step needs besides KV blocks (weights, batch, sampler rows, temporaries,
-    outputs), read from its compiled program."""
+    outputs), read from its program, compiled for ``probe`` blocks."""
+    probe_blocks = (probe,) * len(runner.config.windows)
     analysis = runner.step_program(runner.config.layouts[-1], probe_blocks).memory_analysis()
     total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
     state = runner.abstract_state(probe_blocks)

@@ -31,16 +31,16 @@ class Completion:
             )
         self._matcher = StopStringMatcher(params.stop, params.include_stop_str_in_output)
 
-    def append(self, token_id: int) -> str | None:
-        """Take the request's newest token; returns the stop string that it completes, if it does."""
+    def append(self, token_id: int, count: int) -> str | None:
+        """Take the request's ``count``-th output token; returns the stop string that it completes, if it does."""
         if self._detokenizer is None:
             return None
         request, params = self.request, self.request.params
-        ended_by_token = request.finish_reason == "stop"
+        ended_by_token = request.finish_reason == "stop" and count == len(request.output_token_ids)
         if ended_by_token and not params.include_stop_str_in_output:
             return None
         delta = self._detokenizer.append([token_id])
-        if not params.stop or len(request.output_token_ids) <= params.min_tokens:
+        if not params.stop or count <= params.min_tokens:
             self.text += delta
             return None
         emitted, matched = self._matcher.feed(delta)
@@ -111,6 +111,7 @@ class RequestGroup:
             outputs=[c.output(delta=kind is RequestOutputKind.DELTA) for c in self.completions],
             finished=self.finished,
             metrics=_merge([c.request.metrics for c in self.completions]),
+            num_cached_tokens=first.num_cached_tokens,
         )
 
 

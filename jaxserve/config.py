@@ -2,33 +2,144 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 GIB = 1 << 30
+
+PreemptionMode = Literal["auto", "swap", "recompute"]
+POLICIES = ("fcfs", "priority", "fair")
+
+
+@dataclass(frozen=True)
+class TenantConfig:
+    """What one tenant is owed under the ``fair`` policy."""
+
+    weight: float = 1.0
+    """Its share of the service while others wait too, relative to theirs."""
+    max_tokens_per_second: float | None = None
+    """Most tokens computed for it per second, averaged over a second; None = no cap."""
+    ttft_target: float | None = None
+    """Seconds from arrival within which its requests should get their first token; a tenant that is past it goes
+    first among those that are level with it."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "max_tokens_per_second", "ttft_target"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
+                raise ValueError(f"tenant {name}={value!r}: it is a number above 0")
+
+
+@dataclass(frozen=True)
+class FairnessConfig:
+    """The ``fair`` policy: tenants by name, and what counts as service."""
+
+    tenants: Mapping[str, TenantConfig] = field(default_factory=dict)
+    """Tenants not named here have weight 1, no cap and no target."""
+    prompt_token_weight: float = 1.0
+    """Service per prompt token computed; tokens from the prefix cache, or computed again, are free."""
+    output_token_weight: float = 2.0
+    """Service per generated token."""
+    slack: float = 8.0
+    """How far, in service per weight, a tenant may be ahead of another that waits before it is held back."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_token_weight", "output_token_weight", "slack"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 < value < float("inf")):
+                raise ValueError(f"fairness {name}={value!r}: it is a number above 0")
+
+    @classmethod
+    def of(cls, value: FairnessConfig | Mapping[str, Any] | None) -> FairnessConfig:
+        """From plain dictionaries, such as a JSON file holds; ValueError for names that do not exist."""
+        if value is None or isinstance(value, FairnessConfig):
+            return value or cls()
+        options = dict(_known_only("fairness", cls, value))
+        tenants = options.pop("tenants", {})
+        return cls(
+            tenants={
+                name: t if isinstance(t, TenantConfig) else TenantConfig(**_known_only("tenant", TenantConfig, t))
+                for name, t in tenants.items()
+            },
+            **options,
+        )
+
+
+@dataclass(frozen=True)
+class SwapConfig:
+    """Host memory for the blocks of preempted requests, and the rates by which swapping or recomputing is chosen."""
+
+    num_blocks: int = 0
+    """KV blocks of host memory per replica; 0 = preempted requests are always recomputed."""
+    mode: PreemptionMode = "auto"
+    """auto = whichever the rates say is quicker; swap still recomputes when host memory is full."""
+    block_bytes: int = 1
+    """Bytes of one block of every layer, on all devices."""
+    bytes_per_second: float = 1.0
+    """Between device and host."""
+    prefill_tokens_per_second: float = 1.0
+    """At which prompts, and preempted requests, are computed."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("auto", "swap", "recompute"):
+            raise ValueError(f"preemption_mode={self.mode!r}: it is auto, swap or recompute")
+        if self.mode == "swap" and not self.num_blocks:
+            raise ValueError("preemption_mode='swap' needs host memory: set swap_space (GiB) above 0")
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Limits of one replica's batch and cache.
-
-    max_model_len: longest sequence, prompt and output together, in tokens; max_num_seqs: sequences in one step;
-    max_num_batched_tokens: tokens in one step; block_size: tokens in one KV block; num_blocks: KV blocks, the null
-    block included.
-    """
+    """Limits of one replica's batch and cache, and how its tokens are shared out."""
 
     max_model_len: int
+    """Longest sequence, prompt and output together, in tokens."""
     max_num_seqs: int
+    """Sequences in one step."""
     max_num_batched_tokens: int
+    """Tokens in one step."""
     block_size: int
+    """Tokens in one KV block."""
     num_blocks: int
+    """KV blocks of layers that keep every token, the null block included."""
+    windows: tuple[int | None, ...] = (None,)
+    """Groups of layers by the tokens that they look back on (None = all); each has tables and blocks of its own."""
     enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+    """Most tokens of one prompt in a step while others decode; 0 = as many as the step has room for."""
+    max_num_partial_prefills: int = 0
+    """Requests that may be in the middle of their prompt at once; 0 = any number."""
+    enable_prefix_caching: bool = True
+    keys_depend_on_prompt_length: bool = False
+    """Whether a token's key depends on how long its prompt is (some rotary embeddings): then blocks are shared
+    between prompts of the same length only."""
+    num_scheduler_steps: int = 1
+    """Decode steps in one call where nothing needs the host in between."""
+    decode_buckets: tuple[int, ...] = ()
+    """Numbers of rows that steps with one token per sequence are padded to; () = none are padded."""
+    token_buckets: tuple[int, ...] = ()
+    """The same for all other steps."""
+    policy: str = "fcfs"
+    fairness: FairnessConfig = field(default_factory=FairnessConfig)
+    swap: SwapConfig = field(default_factory=SwapConfig)
+    max_num_queued_requests: int | None = None
+    """Waiting requests, all replicas together, beyond which new ones are rejected; None = no limit."""
+    max_num_queued_tokens: int | None = None
+    """The same for the prompt tokens of waiting requests."""
     num_replicas: int = 1
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "enable_chunked_prefill" and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field.name}={value!r}: it is a whole number of at least 1")
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks"):
+            _whole_number(name, getattr(self, name), 1)
+        for name in ("num_scheduler_steps", "num_replicas"):
+            _whole_number(name, getattr(self, name), 1)
+        for name in ("long_prefill_token_threshold", "max_num_partial_prefills"):
+            _whole_number(name, getattr(self, name), 0)
+        for name in ("max_num_queued_requests", "max_num_queued_tokens"):
+            if getattr(self, name) is not None:
+                _whole_number(name, getattr(self, name), 1)
+        if self.policy not in POLICIES:
+            raise ValueError(f"scheduling_policy={self.policy!r}: it is one of {', '.join(POLICIES)}")
         if self.num_blocks < 2:
             raise ValueError(f"num_blocks={self.num_blocks}: block 0 holds padding, so at least 2 are needed")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -36,16 +147,64 @@ class SchedulerConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs="
                 f"{self.max_num_seqs}: every sequence must be able to get a token in each step"
             )
-        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+        self._check_chunking()
+
+    def _check_chunking(self) -> None:
+        if self.enable_chunked_prefill:
+            return
+        if self.max_num_batched_tokens < self.max_model_len:
             raise ValueError(
                 f"enable_chunked_prefill=False needs max_num_batched_tokens >= max_model_len, got "
                 f"{self.max_num_batched_tokens} < {self.max_model_len}"
             )
+        if self.long_prefill_token_threshold:
+            raise ValueError(
+                f"long_prefill_token_threshold={self.long_prefill_token_threshold} cuts prompts into chunks, and "
+                "enable_chunked_prefill=False forbids it: leave one of them out"
+            )
+        if self.policy == "fair":
+            raise ValueError("scheduling_policy='fair' shares steps out in chunks: enable_chunked_prefill must be True")
 
     @property
     def blocks_per_sequence(self) -> int:
         """Blocks that a sequence of ``max_model_len`` tokens fills: the width of the block tables."""
         return -(-self.max_model_len // self.block_size)
+
+    def bucket(self, num_rows: int, one_token_each: bool) -> int:
+        """Rows of the smallest step that has room for ``num_rows``."""
+        buckets = self.decode_buckets if one_token_each else self.token_buckets
+        return next((b for b in buckets if b >= num_rows), num_rows)
+
+    def blocks_of(self, window: int | None) -> int:
+        """Blocks of the layers with ``window``: no more than ``max_num_seqs`` windows and one step's tokens fill."""
+        if window is None:
+            return self.num_blocks
+        chunk = -(-self.max_num_batched_tokens // self.block_size)
+        windows = self.max_num_seqs * (-(-(window - 1) // self.block_size) + 2)
+        return min(self.num_blocks, 1 + windows + chunk)
+
+    def most_blocks(self, window: int | None, num_tokens: int) -> int:
+        """Blocks that a sequence growing to ``num_tokens`` holds at most at one time."""
+        every = -(-num_tokens // self.block_size)
+        if window is None:
+            return every
+        chunk = min(num_tokens, self.max_num_batched_tokens)
+        return min(every, -(-(window - 1 + chunk) // self.block_size) + 1)
+
+
+def _whole_number(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: it is a whole number of at least {least}")
+
+
+def _known_only(what: str, cls: type, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{what} {options!r}: it is a mapping from names to values")
+    known = [f.name for f in fields(cls)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"{what} option {unknown[0]!r} does not exist; there are {', '.join(known)}")
+    return options
 
 
 def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:

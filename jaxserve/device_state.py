@@ -1,7 +1,8 @@
-"""What lives on the devices between steps: KV blocks and per-slot sampler rows."""
+"""What lives on the devices between steps: KV blocks, and per slot the last token and sampler rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,10 +21,12 @@ SLOT_AXES = ("replica", None, "vocab")
 
 
 class DeviceState(NamedTuple):
-    """keys and values: per layer [dp, num_blocks, K, ...], laid out as the attention implementation wants them."""
+    """keys and values: per layer [dp, num_blocks, K, ...], laid out as the attention implementation wants them;
+    last_tokens int32 [dp, slots]: what was sampled last in each slot."""
 
     keys: list[Array]
     values: list[Array]
+    last_tokens: Array
     sampler: SamplerState
 
 
@@ -31,15 +34,15 @@ def abstract_state(
     config: DecoderConfig,
     attention: PagedAttention,
     kv_dtype: jnp.dtype,
-    num_blocks: int,
+    num_blocks: Sequence[int],
     block_size: int,
     num_slots: int,
     mesh: Mesh,
     rules: ShardingRules,
 ) -> DeviceState:
-    """Shapes, dtypes and shardings of the state, without allocating it."""
+    """Shapes, dtypes and shardings of the state, without allocating it. ``num_blocks``: of each layer."""
     dp = mesh.shape["dp"]
-    shapes = attention.cache_shapes(num_blocks, block_size, config.num_kv_heads, config.head_dim)
+    shapes = [attention.cache_shapes(n, block_size, config.num_kv_heads, config.head_dim) for n in num_blocks]
     kv = NamedSharding(mesh, rules.spec(KV_AXES))
     slot = NamedSharding(mesh, rules.spec(SLOT_AXES))
     rows = (dp, num_slots, config.vocab_size + config.vocab_padding)
@@ -47,8 +50,10 @@ def abstract_state(
     def array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    keys, values = ([array((dp, *shape), kv_dtype, kv) for _ in config.layers] for shape in shapes)
-    return DeviceState(keys, values, SamplerState(array(rows, jnp.float32, slot), array(rows, jnp.int32, slot)))
+    keys, values = ([array((dp, *shape[i]), kv_dtype, kv) for shape in shapes] for i in range(2))
+    last_tokens = array((dp, num_slots), jnp.int32, NamedSharding(mesh, rules.spec(("replica", None))))
+    sampler = SamplerState(array(rows, jnp.float32, slot), array(rows, jnp.int32, slot))
+    return DeviceState(keys, values, last_tokens, sampler)
 
 
 def allocate(abstract: DeviceState) -> DeviceState:
@@ -58,9 +63,9 @@ def allocate(abstract: DeviceState) -> DeviceState:
     return make()
 
 
-def kv_bytes_per_block(config: DecoderConfig, block_size: int, itemsize: int, tp: int) -> int:
-    """Bytes of one KV block, all layers, on one device."""
-    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * itemsize // tp
+def kv_bytes_per_block(config: DecoderConfig, num_layers: int, block_size: int, itemsize: int, tp: int) -> int:
+    """Bytes of one KV block of ``num_layers`` layers on one device."""
+    return 2 * num_layers * block_size * config.num_kv_heads * config.head_dim * itemsize // tp
 
 
 def bytes_per_device(arrays: Any) -> int:

@@ -5,45 +5,31 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from jax import Array
-
-from jaxserve.batch import build_batch
-from jaxserve.completion import Completion, RequestGroup, logprob_entry
-from jaxserve.logit_edits import LogitEdits, edits_logits, has_penalties, token_counts
+from jaxserve.batch import BatchBuilder
+from jaxserve.completion import Completion, RequestGroup
+from jaxserve.metrics import EngineMetrics
 from jaxserve.outputs import RequestMetrics, RequestOutput
-from jaxserve.request import Request
-from jaxserve.runner import ModelRunner
+from jaxserve.request import Request, Status
+from jaxserve.runner import ModelRunner, PendingStep
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.scheduler import Scheduled, Scheduler, SchedulerOutput
+from jaxserve.scheduler import Advanced, BlockMove, Scheduler, SchedulerOutput
+from jaxserve.scoring import Owners, add_logprobs
+from jaxserve.slot_rows import SlotRows
 from jaxserve.tokenizer import bad_word_token_sequences
 
+IDLE_SECONDS = 0.001
+"""How long a step in which nobody may run (rate caps) waits before the next is tried."""
 
-@dataclass
-class EngineMetrics:
-    """Counters since the engine was made; times in seconds."""
 
-    num_steps: int = 0
-    num_prompt_tokens: int = 0
-    """Prompt tokens computed, again after a preemption included."""
-    num_generation_tokens: int = 0
-    num_padding_tokens: int = 0
-    """Token rows of steps that held no token."""
-    num_preemptions: int = 0
-    num_finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "abort": 0})
-    host_seconds: float = 0.0
-    """Scheduling, building batches, updating, detokenising."""
-    device_seconds: float = 0.0
-    """Transfers and waiting for the step's tokens."""
+@dataclass(frozen=True)
+class InFlight:
+    """A step that was started and whose tokens have not been read."""
 
-    @property
-    def host_share(self) -> float:
-        """Share of the time in ``step`` that the device half waited for the host half."""
-        total = self.host_seconds + self.device_seconds
-        return self.host_seconds / total if total else 0.0
+    schedule: SchedulerOutput
+    pending: PendingStep
 
 
 class Engine:
@@ -56,25 +42,40 @@ class Engine:
         tokenizer: Any | None,
         eos_token_ids: Sequence[int],
         seed: int = 0,
+        async_scheduling: bool = True,
     ) -> None:
         self.scheduler, self.runner, self.tokenizer = scheduler, runner, tokenizer
         self.eos_token_ids, self.seed = tuple(eos_token_ids), seed
-        self.metrics = EngineMetrics()
+        self.async_scheduling = async_scheduling
+        self.metrics = EngineMetrics(scheduler.counters)
+        self._batches = BatchBuilder(scheduler.config)
+        self._slot_rows = SlotRows(runner)
         self._groups: dict[str, RequestGroup] = {}
-        self._owner: dict[str, tuple[RequestGroup, Completion]] = {}
-        self._edits: dict[str, LogitEdits] = {}
-        self._biased_slots: set[tuple[int, int]] = set()
+        self._owners: Owners = {}
         self._num_requests = 0
+        self._in_flight: InFlight | None = None
+        self._seen_busy: float | None = None  # when a step was last known to be running
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
     def add_request(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, prompt: str | None = None
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        prompt: str | None = None,
+        *,
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: str | None = None,
     ) -> None:
-        """Queue a request. Raises ValueError, and queues nothing, if it could not be served."""
-        vocab = self.runner.decoder.vocab_size
-        self._check(request_id, prompt_token_ids, params, vocab)
+        """Queue a request. Raises ValueError, or QueueFullError, and queues nothing, if it cannot be served."""
+        self._check(request_id, prompt_token_ids, params)
+        self.scheduler.check_queue(params.n, params.n * len(prompt_token_ids))
         ending = params.all_stop_token_ids(self.eos_token_ids)
+        bad_words: list[tuple[int, ...]] = []
+        if params.bad_words and self.tokenizer is not None:
+            bad_words = bad_word_token_sequences(self.tokenizer, params.bad_words)
         room = self.scheduler.config.max_model_len - len(prompt_token_ids)
         requests = [
             Request(
@@ -85,23 +86,26 @@ class Engine:
                 stop_token_ids=frozenset(ending),
                 max_tokens=room if params.max_tokens is None else params.max_tokens,
                 metrics=RequestMetrics(arrival_time=time.monotonic()),
+                priority=priority,
+                tenant=tenant,
+                cache_salt=cache_salt,
+                waits_for_tokens=any(len(word) > 1 for word in bad_words),
+                single_steps=params.logprobs is not None or params.min_tokens > 0,
+                reads_prefix_cache=params.prompt_logprobs is None,
             )
             for i in range(params.n)
         ]
         self._num_requests += 1
-        bad_words: list[tuple[int, ...]] = []
-        if params.bad_words and self.tokenizer is not None:
-            bad_words = bad_word_token_sequences(self.tokenizer, params.bad_words)
         completions = [Completion(i, request, self.tokenizer) for i, request in enumerate(requests)]
         group = RequestGroup(request_id, prompt, params, completions)
         self._groups[request_id] = group
         for request, completion in zip(requests, completions, strict=True):
-            self._owner[request.request_id] = group, completion
-            if edits_logits(params):
-                self._edits[request.request_id] = LogitEdits(params, vocab, ending, bad_words)
+            self._owners[request.request_id] = group, completion
+            self._slot_rows.add(request, ending, bad_words)
             self.scheduler.add(request)
 
-    def _check(self, request_id: str, prompt: list[int], params: SamplingParams, vocab: int) -> None:
+    def _check(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
+        vocab = self.runner.decoder.vocab_size
         if request_id in self._groups:
             raise ValueError(f"request id {request_id!r} is in use: give every unfinished request its own")
         outside = next((t for t in prompt if not 0 <= t < vocab), None)
@@ -142,63 +146,103 @@ class Engine:
     def has_unfinished(self) -> bool:
         return bool(self._groups)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix."""
+        self.scheduler.reset_prefix_cache()
+
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
         """One step of every replica. Returns the outputs of the requests that advanced."""
-        start = time.perf_counter()
-        schedule = self.scheduler.schedule()
-        if schedule.is_empty:
-            return []
-        layout = self.runner.config.layout(schedule.num_tokens, schedule.one_token_each)
-        batch = build_batch(schedule, layout, self.scheduler.config.block_size)
-        self._note_scheduled(schedule, batch.layout.num_tokens)
-        built = time.perf_counter()
-        self._write_slots(schedule)
-        output, hidden = self.runner.step(batch)
-        self._score(schedule, output.token_ids, hidden)
-        ran = time.perf_counter()
-        tokens = [
-            [int(output.token_ids[i, row]) for row in range(len(rows))] for i, rows in enumerate(schedule.replicas)
-        ]
-        outputs = self._deliver(self.scheduler.update(schedule, tokens))
-        self.metrics.device_seconds += ran - built
-        self.metrics.host_seconds += time.perf_counter() - ran + built - start
+        try:
+            return self._overlapped_step() if self.async_scheduling else self._plain_step()
+        except BaseException:
+            # Blocks may be named whose contents were never computed, and nobody will read what is in flight.
+            self._in_flight = None
+            self.scheduler.reset_prefix_cache()
+            raise
+
+    def _plain_step(self) -> list[RequestOutput]:
+        """Start a step and wait for it."""
+        started = self._start()
+        return self._land(started) if started else self._rest()
+
+    def _overlapped_step(self) -> list[RequestOutput]:
+        """Start a step, then read the one before it: the host works while the devices do."""
+        started = self._start()
+        before, self._in_flight = self._in_flight, started
+        if before is None:
+            return [] if started else self._rest()
+        outputs = self._land(before)
+        if not self._groups and self._in_flight is not None:  # started for requests that had ended
+            last, self._in_flight = self._in_flight, None
+            self._land(last)
         return outputs
 
-    def _write_slots(self, schedule: SchedulerOutput) -> None:
-        """Bring the device's sampler rows up to date for requests that enter a slot or whose edits changed."""
-        vocab = self.runner.decoder.vocab_size
-        for replica, rows in enumerate(schedule.replicas):
-            for s in rows:
-                request, slot = s.request, (replica, s.slot)
-                edits, output = self._edits.get(request.request_id), request.output_token_ids
-                bias = None if edits is None else edits.row(output, rewrite=s.is_new)
-                stale = s.is_new and (has_penalties(request.params) or slot in self._biased_slots)
-                if bias is None and not stale:
-                    continue
-                (self._biased_slots.discard if bias is None else self._biased_slots.add)(slot)
-                counts = token_counts(request.prompt_token_ids, output, vocab)
-                self.runner.write_slot(*slot, np.zeros(vocab, np.float32) if bias is None else bias, counts)
+    def _start(self) -> InFlight | None:
+        """Schedule a step and hand it to the devices; None if there is nothing to compute."""
+        start = time.perf_counter()
+        schedule = self.scheduler.schedule(time.monotonic())
+        self.runner.move_blocks(_moves(schedule.swap_outs), _moves(schedule.swap_ins), schedule.dropped)
+        if schedule.is_empty:
+            return None
+        layout = self.runner.config.layout(schedule.bucket, schedule.one_token_each, schedule.num_steps)
+        batch = self._batches.build(schedule, layout)
+        self._slot_rows.write(schedule)
+        self._note_idle()
+        pending = self.runner.step(batch)
+        self._note_scheduled(schedule)
+        self.metrics.host_seconds += time.perf_counter() - start
+        return InFlight(schedule, pending)
 
-    def _deliver(self, advanced: list[Request]) -> list[RequestOutput]:
-        """Text, stop strings and outputs of the requests that got a token."""
+    def _land(self, step: InFlight) -> list[RequestOutput]:
+        """Wait for a step's tokens and hand them out."""
+        start = time.perf_counter()
+        output = step.pending.output()
+        landed = self._seen_busy = time.perf_counter()
+        tokens = output.rows(step.schedule)
+        add_logprobs(step.schedule, tokens, step.pending, self._owners, self.runner, self.tokenizer)
+        self.metrics.num_late_rows += sum(
+            s.request.status is Status.FINISHED for rows in step.schedule.replicas for s in rows
+        )
+        outputs = self._deliver(self.scheduler.update(step.schedule, tokens))
+        self.metrics.wait_seconds += landed - start
+        self.metrics.host_seconds += time.perf_counter() - landed
+        if not self._groups:
+            self._seen_busy = None
+        return outputs
+
+    def _rest(self) -> list[RequestOutput]:
+        """Nobody may run now; somebody may later."""
+        if self._groups:
+            time.sleep(IDLE_SECONDS)
+        return []
+
+    def _deliver(self, advanced: list[Advanced]) -> list[RequestOutput]:
+        """Text, stop strings and outputs of the requests that got tokens."""
         now = time.monotonic()
         groups: dict[str, RequestGroup] = {}
-        for request in advanced:
-            group, completion = self._owner[request.request_id]
+        for request, token_ids in advanced:
+            group, completion = self._owners[request.request_id]
             groups[group.request_id] = group
             metrics = request.metrics
             metrics.first_token_time = metrics.first_token_time or now
             metrics.last_token_time = now
-            self.metrics.num_generation_tokens += 1
-            matched = completion.append(request.output_token_ids[-1])
-            if matched is not None:
-                self.scheduler.finish(request, "stop", matched)
-                request.finish_reason, request.stop_reason = "stop", matched
+            self._append(completion, token_ids)
+            self.metrics.num_generation_tokens += len(token_ids)
             if request.finish_reason is not None:
                 self._note_end(completion)
         return self._collect(list(groups.values()))
+
+    def _append(self, completion: Completion, token_ids: list[int]) -> None:
+        """Add tokens to the text, up to the first stop string."""
+        request = completion.request
+        before = len(request.output_token_ids) - len(token_ids)
+        for count, token_id in enumerate(token_ids, before + 1):
+            matched = completion.append(token_id, count)
+            if matched is not None:
+                self.scheduler.finish(request, "stop", matched, keep=count)
+                return
 
     def _note_end(self, completion: Completion) -> None:
         request = completion.request
@@ -206,7 +250,7 @@ class Engine:
         matched = completion.finish()
         if matched is not None:
             request.finish_reason, request.stop_reason = "stop", matched
-        self._edits.pop(request.request_id, None)
+        self._slot_rows.remove(request)
         self.metrics.num_finished[request.finish_reason or "abort"] += 1
 
     def _collect(self, groups: list[RequestGroup], final: bool = False) -> list[RequestOutput]:
@@ -216,72 +260,24 @@ class Engine:
             if group.finished or final:
                 del self._groups[group.request_id]
                 for completion in group.completions:
-                    del self._owner[completion.request.request_id]
+                    del self._owners[completion.request.request_id]
         return outputs
 
-    def _note_scheduled(self, schedule: SchedulerOutput, bucket: int) -> None:
+    def _note_idle(self) -> None:
+        """Count for how long the devices may have had nothing to do."""
+        busy = self._in_flight is not None and not self._in_flight.pending.is_ready()
+        if self._seen_busy is not None and not busy:
+            self.metrics.device_idle_seconds += time.perf_counter() - self._seen_busy
+
+    def _note_scheduled(self, schedule: SchedulerOutput) -> None:
         metrics, now = self.metrics, time.monotonic()
         metrics.num_steps += 1
-        metrics.num_preemptions += len(schedule.preempted)
         for rows in schedule.replicas:
-            metrics.num_padding_tokens += bucket
             for s in rows:
-                prompt = max(0, min(s.start + s.count, s.request.num_prompt_tokens) - s.start)
-                metrics.num_prompt_tokens += prompt
-                metrics.num_padding_tokens -= s.count
-                s.request.metrics.first_scheduled_time = s.request.metrics.first_scheduled_time or now
-
-    # -- log-probabilities -------------------------------------------------------------------------------------------
-
-    def _score(self, schedule: SchedulerOutput, tokens: np.ndarray, hidden: Array) -> None:
-        """Log-probabilities that requests asked for, of sampled tokens and of prompt tokens."""
-        wanted = [w for i, rows in enumerate(schedule.replicas) for w in self._wanted_scores(i, rows, tokens)]
-        if not wanted:
-            return
-        states = np.asarray(hidden)
-        rows = np.stack([states[w.replica, w.row] for w in wanted])
-        targets = np.array([w.target for w in wanted])
-        num_top = -1 if any(w.num_top < 0 for w in wanted) else max(w.num_top for w in wanted)
-        scores = self.runner.score(rows, targets, num_top)
-        for i, w in enumerate(wanted):
-            top = slice(None) if w.num_top < 0 else slice(w.num_top)
-            chosen = (w.target, float(scores.target[i]), int(scores.rank[i]))
-            tokenizer = self.tokenizer if w.request.params.detokenize else None
-            entry = logprob_entry(
-                chosen, scores.top_ids[i, top].tolist(), scores.top_logprobs[i, top].tolist(), tokenizer
-            )
-            group, completion = self._owner[w.request.request_id]
-            if w.is_prompt:
-                assert group.prompt_logprobs is not None
-                group.prompt_logprobs.append(entry)
-            else:
-                completion.add_logprobs(entry, w.target)
-
-    def _wanted_scores(self, replica: int, rows: list[Scheduled], tokens: np.ndarray) -> list[_WantedScore]:
-        wanted, at = [], 0
-        for row, s in enumerate(rows):
-            request, params = s.request, s.request.params
-            group, completion = self._owner[request.request_id]
-            if group.prompt_logprobs is not None and completion.index == 0:
-                have = len(group.prompt_logprobs)
-                for position in range(max(s.start + 1, have), min(s.start + s.count + 1, request.num_prompt_tokens)):
-                    token = request.prompt_token_ids[position]
-                    num_top = params.prompt_logprobs or 0
-                    wanted.append(_WantedScore(request, replica, at + position - 1 - s.start, token, num_top, True))
-            if s.samples and params.logprobs is not None:
-                token = int(tokens[replica, row])
-                wanted.append(_WantedScore(request, replica, at + s.count - 1, token, params.logprobs, False))
-            at += s.count
-        return wanted
+                metrics.num_prompt_tokens += max(0, min(s.start + s.count, s.request.num_prompt_tokens) - s.start)
+                if s.request.metrics.first_scheduled_time is None:
+                    s.request.metrics.first_scheduled_time = now
 
 
-@dataclass(frozen=True)
-class _WantedScore:
-    """The log-probability of ``target`` after row ``row`` of a replica's tokens, and of ``num_top`` others."""
-
-    request: Request
-    replica: int
-    row: int
-    target: int
-    num_top: int
-    is_prompt: bool
+def _moves(moves: list[BlockMove]) -> list[tuple[int, int, list[list[int]]]]:
+    return [(move.replica, move.handle, move.blocks) for move in moves]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
+
+from jaxserve.config import FairnessConfig, PreemptionMode
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "orbax", "dummy")
@@ -33,20 +36,28 @@ class EngineOptions(TypedDict, total=False):
     max_num_seqs: int | None
     max_num_batched_tokens: int | None
     enable_chunked_prefill: bool
+    long_prefill_token_threshold: int
+    max_num_partial_prefills: int
     scheduling_policy: str
+    fairness: FairnessConfig | Mapping[str, Any] | None
+    max_num_queued_requests: int | None
+    max_num_queued_tokens: int | None
     async_scheduling: bool
+    num_scheduler_steps: int
     block_size: int
     num_gpu_blocks_override: int | None
     gpu_memory_utilization: float
     kv_cache_memory_bytes: int | None
     kv_cache_dtype: str
-    swap_space: float
+    swap_space: float | None
+    preemption_mode: PreemptionMode
     enable_prefix_caching: bool
     attention_backend: str | None
     decode_buckets: tuple[int, ...] | None
     token_buckets: tuple[int, ...] | None
     compilation_cache_dir: str | None
     use_tqdm_on_load: bool
+    record: str | Path | None
     quantization: None
     speculative_config: None
     enable_lora: bool
@@ -88,8 +99,23 @@ class EngineArgs:
     max_num_batched_tokens: int | None = None
     """Tokens in one step, per replica; None = 512 on a CPU, 2048 on a GPU."""
     enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+    """Most tokens of one prompt in a step while others decode; 0 = as many as the step has room for."""
+    max_num_partial_prefills: int = 0
+    """Requests that may be in the middle of their prompt at once; shorter prompts pass those held back. 0 = any."""
     scheduling_policy: str = "fcfs"
-    async_scheduling: bool = False
+    """fcfs, priority (lower ``priority`` first; displaces), or fair (among tenants)."""
+    fairness: FairnessConfig | Mapping[str, Any] | None = None
+    """Of the fair policy: weights, rate caps and latency targets of tenants; ``config.FairnessConfig`` or a mapping
+    with its fields."""
+    max_num_queued_requests: int | None = None
+    """Waiting requests beyond which new ones are rejected with QueueFullError; None = no limit."""
+    max_num_queued_tokens: int | None = None
+    """The same for their prompt tokens."""
+    async_scheduling: bool = True
+    """Schedule a step while the one before it runs; False = one after the other, with the same tokens."""
+    num_scheduler_steps: int = 1
+    """Decode steps in one call where nothing needs the host in between."""
     block_size: int = 16
     """Tokens in one KV block."""
     num_gpu_blocks_override: int | None = None
@@ -100,8 +126,13 @@ class EngineArgs:
     """Bytes of KV blocks on each device."""
     kv_cache_dtype: str = "auto"
     """auto = the model's dtype; on a CPU always float32, which is several times faster to read there."""
-    swap_space: float = 0.0
-    enable_prefix_caching: bool = False
+    swap_space: float | None = None
+    """GiB of host memory per replica for the blocks of preempted requests; None = 4 on a GPU, and none on a CPU,
+    whose cache is in host memory already."""
+    preemption_mode: PreemptionMode = "auto"
+    """What becomes of a preempted request's blocks: swap, recompute, or auto = what is quicker by measured rates."""
+    enable_prefix_caching: bool = True
+    """Share KV blocks between requests that begin with the same tokens."""
     attention_backend: str | None = None
     """An implementation of ``pallas_kernels.dispatch``; None = the platform's default."""
     decode_buckets: tuple[int, ...] | None = None
@@ -114,6 +145,8 @@ class EngineArgs:
     """Where compiled programs are kept between runs; None = nowhere, unless jax is configured otherwise."""
     use_tqdm_on_load: bool = True
     """Progress bars while loading and compiling."""
+    record: str | Path | None = None
+    """File that every event and decision of the scheduler is written to, for ``scripts/replay_schedule.py``."""
     quantization: None = None
     speculative_config: None = None
     enable_lora: bool = False
@@ -128,6 +161,8 @@ class EngineArgs:
             raise ValueError("num_gpu_blocks_override=1: block 0 holds padding, so at least 2 are needed")
         _at_least_one("kv_cache_memory_bytes", self.kv_cache_memory_bytes)
         _at_least_one("block_size", self.block_size)
+        if self.swap_space is not None and not 0 <= self.swap_space < float("inf"):
+            raise ValueError(f"swap_space={self.swap_space!r}: it is a number of GiB, 0 or more")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: it is above 0 and at most 1")
         self._refuse_unsupported()
@@ -138,6 +173,14 @@ class EngineArgs:
             value = getattr(self, name)
             if value != nothing:
                 raise NotImplementedError(f"{name}={value!r} is not supported yet; leave it at {nothing!r}")
+
+    def as_json(self) -> dict[str, Any]:
+        """What differs from the defaults, as JSON has it; paths and meshes as text."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {f.name: given[f.name] for f in fields(self) if f.name == "model" or given[f.name] != f.default}
+        if isinstance(self.fairness, FairnessConfig):
+            changed["fairness"] = asdict(self.fairness)
+        return json.loads(json.dumps(changed, default=str))
 
     @classmethod
     def of(cls, model: str | Path, **options: Unpack[EngineOptions]) -> EngineArgs:
@@ -153,10 +196,6 @@ UNSUPPORTED: Mapping[str, Any] = {
     "trust_remote_code": False,
     "served_model_name": None,
     "enable_expert_parallel": False,
-    "scheduling_policy": "fcfs",
-    "async_scheduling": False,
-    "swap_space": 0.0,
-    "enable_prefix_caching": False,
     "quantization": None,
     "speculative_config": None,
     "enable_lora": False,

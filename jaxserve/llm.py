@@ -11,15 +11,16 @@ from typing import Any, Unpack
 from tqdm import tqdm
 
 from jaxserve.build import build_engine
-from jaxserve.engine import Engine, EngineMetrics
+from jaxserve.engine import Engine
 from jaxserve.engine_args import EngineArgs, EngineOptions
+from jaxserve.metrics import EngineMetrics
 from jaxserve.outputs import RequestOutput
 from jaxserve.runner import CompileRecord
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 from jaxserve.tokenizer import apply_chat_template
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, the last two with "cache_salt" if wished."""
 
 
 class LLM:
@@ -41,15 +42,19 @@ class LLM:
         *,
         use_tqdm: bool = True,
         lora_request: None = None,
-        priority: None = None,
+        priority: int | Sequence[int] | None = None,
+        tenant: str | Sequence[str] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; outputs in the order of the prompts.
 
-        sampling_params: one for all, or one each; None = ``SamplingParams()``. Bad input raises ValueError before
-        anything runs. Interrupted or failed, nothing of the call stays behind in the engine.
+        sampling_params: one for all, or one each; None = ``SamplingParams()``. priority (lower goes first, under the
+        priority policy) and tenant (whose service it is, under the fair policy): the same. Bad input raises
+        ValueError before anything runs, QueueFullError where the queue has no room for all of it. Interrupted or
+        failed, nothing of the call stays behind in the engine.
         """
-        _refuse(lora_request=lora_request, priority=priority)
-        finished = {o.request_id: o for o in self._run(prompts, sampling_params, use_tqdm, final_only=True)}
+        _refuse(lora_request=lora_request)
+        calls = self._calls(prompts, sampling_params, priority, tenant, final_only=True)
+        finished = {o.request_id: o for o in self._run(calls, use_tqdm)}
         return [finished[request_id] for request_id in sorted(finished, key=int)]
 
     def stream(
@@ -62,7 +67,7 @@ class LLM:
         Leaving the loop early aborts what is unfinished. One call at a time: while a stream is open, another call
         raises RuntimeError.
         """
-        return self._run(prompts, sampling_params, use_tqdm=False, final_only=False)
+        return self._run(self._calls(prompts, sampling_params, None, None, final_only=False), use_tqdm=False)
 
     def chat(
         self,
@@ -103,26 +108,41 @@ class LLM:
         """Counters since the engine was made."""
         return self.engine.metrics
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached prefix, as after a change of weights. Always succeeds: running requests keep the blocks
+        that they hold, and nobody finds them any more."""
+        self.engine.reset_prefix_cache()
+        return True
+
     def compiled_programs(self) -> list[CompileRecord]:
         """Every program that was compiled, when, and how long it took; after the constructor there are no more."""
         return list(self.engine.runner.compiled)
 
     # -- how a call runs ---------------------------------------------------------------------------------------------
 
-    def _run(
-        self, prompts: Any, sampling_params: Any, use_tqdm: bool, final_only: bool
-    ) -> Generator[RequestOutput, None, None]:
-        if self.engine.has_unfinished:
-            raise RuntimeError("this LLM has a stream open: read it to its end or close() it first")
-        texts_and_ids = [self._tokens_of(p) for p in as_prompts(prompts)]
-        params = _params_for(len(texts_and_ids), sampling_params)
+    def _calls(
+        self, prompts: Any, sampling_params: Any, priority: Any, tenant: Any, final_only: bool
+    ) -> list[dict[str, Any]]:
+        """Keyword arguments of ``Engine.add_request``, one per prompt."""
+        prompts = as_prompts(prompts)
+        params = one_each("sampling_params", SamplingParams, sampling_params, SamplingParams(), len(prompts))
         if final_only:
             params = [replace_kind(p, RequestOutputKind.FINAL_ONLY) for p in params]
-        ids = [str(self._next_id + i) for i in range(len(texts_and_ids))]
+        priorities = one_each("priority", int, priority, 0, len(prompts))
+        tenants = one_each("tenant", str, tenant, "", len(prompts))
+        return [
+            {**self._read(prompt), "params": p, "priority": rank, "tenant": name}
+            for prompt, p, rank, name in zip(prompts, params, priorities, tenants, strict=True)
+        ]
+
+    def _run(self, calls: list[dict[str, Any]], use_tqdm: bool) -> Generator[RequestOutput, None, None]:
+        if self.engine.has_unfinished:
+            raise RuntimeError("this LLM has a stream open: read it to its end or close() it first")
+        ids = [str(self._next_id + i) for i in range(len(calls))]
         self._next_id += len(ids)
         try:
-            for request_id, (text, token_ids), p in zip(ids, texts_and_ids, params, strict=True):
-                self.engine.add_request(request_id, token_ids, p, text)
+            for request_id, call in zip(ids, calls, strict=True):
+                self.engine.add_request(request_id, **call)
             yield from self._drain(len(ids), use_tqdm)
         finally:
             for request_id in ids:
@@ -130,7 +150,7 @@ class LLM:
 
     def _drain(self, count: int, use_tqdm: bool) -> Generator[RequestOutput, None, None]:
         """Step until nothing is left; the bar counts finished requests and shows tokens per second."""
-        before = replace(self.engine.metrics)
+        before = self.engine.metrics.snapshot()
         with tqdm(total=count, desc="generating", unit="req", disable=not use_tqdm) as bar:
             while self.engine.has_unfinished:
                 for output in self.engine.step():
@@ -139,18 +159,23 @@ class LLM:
                 if use_tqdm:
                     _show_rates(bar, before, self.engine.metrics)
 
-    def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _read(self, prompt: Prompt) -> dict[str, Any]:
+        """A prompt as ``Engine.add_request`` wants it."""
         if isinstance(prompt, str):
-            return prompt, list(self.get_tokenizer().encode(prompt))
+            return {"prompt": prompt, "prompt_token_ids": list(self.get_tokenizer().encode(prompt))}
         if not isinstance(prompt, Mapping):
-            return None, _token_ids(prompt)
-        unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
-        if unknown or len(prompt) != 1:
+            return {"prompt_token_ids": _token_ids(prompt)}
+        content = {k: v for k, v in prompt.items() if k != "cache_salt"}
+        unknown = sorted(set(content) - {"prompt", "prompt_token_ids"})
+        if unknown or len(content) != 1:
             raise ValueError(
-                f"prompt {dict(prompt)!r}: it holds either 'prompt' or 'prompt_token_ids'"
+                f"prompt {dict(prompt)!r}: it holds either 'prompt' or 'prompt_token_ids', and 'cache_salt' if wished"
                 + (f"; {unknown[0]!r} is not supported" if unknown else "")
             )
-        return self._tokens_of(next(iter(prompt.values())))
+        salt = prompt.get("cache_salt")
+        if salt is not None and (not isinstance(salt, str) or not salt):
+            raise ValueError(f"cache_salt={salt!r}: it is a text that is not empty")
+        return self._read(next(iter(content.values()))) | {"cache_salt": salt}
 
 
 def as_prompts(prompts: Any) -> list[Any]:
@@ -171,12 +196,18 @@ def _token_ids(prompt: Any) -> list[int]:
     return [int(t) for t in ids]
 
 
-def _params_for(count: int, params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one for all, or one each")
-    return list(params)
+def one_each(name: str, kind: type, given: Any, default: Any, count: int) -> list[Any]:
+    """An argument that is one value for all of ``count`` prompts, or one value for each, or None."""
+    if given is None or isinstance(given, kind):
+        values = [default if given is None else given] * count
+    else:
+        values = list(given) if isinstance(given, Iterable) else [given]
+        wrong = next((v for v in values if not isinstance(v, kind)), None)
+        if wrong is not None:
+            raise ValueError(f"{name} {wrong!r}: it is of type {kind.__name__}; give one for all, or one each")
+        if len(values) != count:
+            raise ValueError(f"{len(values)} {name} for {count} prompts: give one for all, or one each")
+    return values
 
 
 def replace_kind(params: SamplingParams, kind: RequestOutputKind) -> SamplingParams:

@@ -47,15 +47,19 @@ class LogitEdits:
             self._base[token_id] += bias
         self._base[[word[0] for word in bad_words if len(word) == 1]] = -np.inf
 
-    def _banned(self, output: Sequence[int]) -> tuple[int, ...]:
+    def _banned(self, output: Sequence[int], num_output: int) -> tuple[int, ...]:
         """Tokens that may not come next, besides those that never may."""
-        banned = list(self.ending) if len(output) < self.min_tokens else []
+        banned = list(self.ending) if num_output < self.min_tokens else []
         banned += [w[-1] for w in self.sequences if tuple(output[len(output) - len(w) + 1 :]) == w[:-1]]
         return tuple(sorted(set(banned)))
 
-    def row(self, output: Sequence[int], *, rewrite: bool) -> np.ndarray | None:
-        """The row float32 [V] for the token after ``output``; None if the one written last still holds."""
-        banned = self._banned(output)
+    def row(self, output: Sequence[int], num_output: int, *, rewrite: bool) -> np.ndarray | None:
+        """The row float32 [V] for the next token; None if the one written last still holds.
+
+        ``output``: the tokens that are known; ``num_output``: how many there are, which may be more, unless there are
+        sequences to look for.
+        """
+        banned = self._banned(output, num_output)
         if not rewrite and banned == self._written:
             return None
         self._written = banned

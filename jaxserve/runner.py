@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,8 +15,10 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.batch import FLOAT_FIELDS, Batch, BatchLayout, StepOutput
+from jaxserve.batch import FLOAT_FIELDS, Batch, BatchLayout, Features, StepOutput
 from jaxserve.device_state import KV_AXES, SLOT_AXES, DeviceState, abstract_state, allocate
+from jaxserve.host_blocks import SwappedBlocks
+from jaxserve.kv_cache.host_memory import CHUNK
 from jaxserve.models.config import DecoderConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.sampler import SamplerState, SamplingRows, Wanted, count_tokens, sample
@@ -29,6 +31,9 @@ SCORE_ROWS = (8, 64)
 """Numbers of rows that log-probabilities are computed for at once."""
 TOP_LOGPROBS = 20
 """Most likely tokens that come back with log-probabilities; more are taken from the whole vocabulary's."""
+
+
+Move = tuple[int, int, list[list[int]]]
 
 
 class CompileRecord(NamedTuple):
@@ -62,23 +67,41 @@ class RunnerConfig:
     blocks_per_sequence: int
     block_size: int
     kv_dtype: jnp.dtype
+    windows: tuple[int | None, ...] = (None,)
+    """Of the groups of layers that share block tables."""
+    layer_groups: tuple[int, ...] = ()
+    """The group of each layer."""
+    num_steps: int = 1
+    """Decode steps that one call may run."""
     min_rows: int = 1
     """Fewest rows of a product (one-row bfloat16 products have no fast path on a CPU)."""
 
-    def layout(self, num_tokens: int, one_token_each: bool) -> BatchLayout:
-        """The smallest layout with room for ``num_tokens``."""
-        buckets = self.decode_buckets if one_token_each else self.token_buckets
-        return self._layout(next(b for b in buckets if b >= num_tokens), one_token_each)
-
-    def _layout(self, bucket: int, one_token_each: bool) -> BatchLayout:
+    def layout(self, bucket: int, one_token_each: bool, num_steps: int = 1) -> BatchLayout:
+        """Of a step with ``bucket`` token rows."""
         seqs = bucket if one_token_each else max(min(bucket, self.max_num_seqs), self.min_rows)
-        return BatchLayout(bucket, seqs, self.blocks_per_sequence, one_token_each)
+        return BatchLayout(bucket, seqs, self.blocks_per_sequence, one_token_each, len(self.windows), num_steps)
 
     @property
     def layouts(self) -> list[BatchLayout]:
         """Every step that is compiled, the largest last."""
-        decode = [self._layout(b, True) for b in self.decode_buckets]
-        return decode + [self._layout(b, False) for b in self.token_buckets]
+        steps = sorted({1, self.num_steps}, reverse=True)
+        decode = [self.layout(b, True, n) for n in steps for b in self.decode_buckets]
+        return decode + [self.layout(b, False) for b in self.token_buckets]
+
+
+class PendingStep(NamedTuple):
+    """A step that was started: tokens [dp, num_steps, S], hidden states [dp, T, D] (None if it is several in one)."""
+
+    tokens: Array
+    hidden: Array | None
+
+    def is_ready(self) -> bool:
+        """Whether the devices are done with it."""
+        return self.tokens.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def output(self) -> StepOutput:
+        """Wait for the tokens."""
+        return StepOutput(np.asarray(self.tokens))
 
 
 class ModelRunner:
@@ -99,8 +122,10 @@ class ModelRunner:
         self.params, self._tree = jax.tree.flatten(state)
         self.decoder, self.attention, self.config = decoder, attention, config
         self.mesh, self.rules = mesh, rules
-        self.num_blocks = 0
+        self.num_blocks: tuple[int, ...] = ()
+        """KV blocks of each group of layers."""
         self.state: DeviceState | None = None
+        self.swapped: SwappedBlocks | None = None
         self.compiled: list[CompileRecord] = []
         self.warm = False
         self._made = time.perf_counter()
@@ -110,7 +135,7 @@ class ModelRunner:
 
     # -- programs ------------------------------------------------------------------------------------------------
 
-    def _compile(self, name: str, key: Any, lower: Callable[[], Any]) -> Any:
+    def compile(self, name: str, key: Any, lower: Callable[[], Any]) -> Any:
         """Compile once and remember; after warm-up a new program is an error of this engine, not a slow step."""
         if key not in self._programs:
             if self.warm:
@@ -122,14 +147,16 @@ class ModelRunner:
             self.compiled.append(CompileRecord(name, start - self._made, seconds))
         return self._programs[key]
 
-    def abstract_state(self, num_blocks: int) -> DeviceState:
+    def abstract_state(self, num_blocks: Sequence[int]) -> DeviceState:
+        """``num_blocks``: of each group of layers."""
         c = self.config
+        of_layers = [num_blocks[group] for group in c.layer_groups]
         return abstract_state(
-            self.decoder, self.attention, c.kv_dtype, num_blocks, c.block_size, c.max_num_seqs, self.mesh, self.rules
+            self.decoder, self.attention, c.kv_dtype, of_layers, c.block_size, c.max_num_seqs, self.mesh, self.rules
         )
 
-    def step_program(self, layout: BatchLayout, num_blocks: int) -> Any:
-        """The compiled step for ``layout`` and a cache of ``num_blocks``."""
+    def step_program(self, layout: BatchLayout, num_blocks: tuple[int, ...]) -> Any:
+        """The compiled step for ``layout`` and caches of ``num_blocks`` (of each group of layers)."""
         key = ("step", layout, num_blocks)
         if key in self._programs:
             return self._programs[key]
@@ -144,8 +171,9 @@ class ModelRunner:
             return step.lower(self.params, state, buffer, wanted, layout)
 
         kind = "decode" if layout.one_token_each else "step"
-        name = f"{kind}[tokens={layout.num_tokens}, seqs={layout.num_seqs}]"
-        return self._compile(name, key, lower)
+        times = f", steps={layout.num_steps}" if layout.num_steps > 1 else ""
+        name = f"{kind}[tokens={layout.num_tokens}, seqs={layout.num_seqs}{times}]"
+        return self.compile(name, key, lower)
 
     def _score_program(self, rows: int, whole: bool) -> Any:
         dp, d = self.mesh.shape["dp"], self.decoder.hidden_size
@@ -157,7 +185,7 @@ class ModelRunner:
         def lower() -> Any:
             return jax.jit(self._score, static_argnums=3).lower(self.params, hidden, targets, whole)
 
-        return self._compile(name, ("score", rows, whole), lower)
+        return self.compile(name, ("score", rows, whole), lower)
 
     def _write_slot_program(self) -> Any:
         assert self.state is not None
@@ -166,14 +194,14 @@ class ModelRunner:
         row = NamedSharding(self.mesh, self.rules.spec(("vocab",)))
         bias = jax.ShapeDtypeStruct((vocab,), jnp.float32, sharding=row)
         counts = jax.ShapeDtypeStruct((vocab,), jnp.int32, sharding=row)
-        at = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=self._replicated)
+        at = jax.ShapeDtypeStruct((3,), jnp.int32, sharding=self._replicated)
 
         def lower() -> Any:
             assert self.state is not None
             write = jax.jit(_write_slot, donate_argnums=0, out_shardings=shardings)
             return write.lower(self.state.sampler, at, bias, counts)
 
-        return self._compile("write_slot", "write_slot", lower)
+        return self.compile("write_slot", "write_slot", lower)
 
     def model(self, params: list[Array] | None = None) -> Decoder:
         """The decoder over ``params``: inside a program its arguments, outside of one (None) the runner's own."""
@@ -186,8 +214,14 @@ class ModelRunner:
         state = nnx.to_flat_state(jax.tree.unflatten(self._tree, self.params))
         return {".".join(map(str, path)): variable.get_value() for path, variable in state}
 
-    def warm_up(self, num_blocks: int, progress: Callable[[Iterable[BatchLayout]], Iterable[BatchLayout]]) -> None:
-        """Allocate the cache and compile every program that a request can need."""
+    def warm_up(
+        self,
+        num_blocks: tuple[int, ...],
+        progress: Callable[[Iterable[BatchLayout]], Iterable[BatchLayout]],
+        swaps: bool = False,
+    ) -> None:
+        """Allocate the caches and compile every program that a request can need; ``swaps``: also those that move
+        blocks to host memory and back."""
         self.num_blocks = num_blocks
         self.state = allocate(self.abstract_state(num_blocks))
         for layout in progress(self.config.layouts):
@@ -196,25 +230,58 @@ class ModelRunner:
             for whole in (False, True):
                 self._score_program(rows, whole)
         self._write_slot_program()
+        if swaps:
+            self.swapped = SwappedBlocks(self.state, self.config.layer_groups, self.rules, self.compile)
         self.warm = True
+
+    def measure_rates(self) -> tuple[float, float]:
+        """Tokens per second of the largest step (on padding: attention is not in it), and bytes per second of moving
+        blocks to host memory and back. For a warm runner that holds no requests."""
+        assert self.swapped is not None and self.state is not None
+        layout = self.config.layouts[-1]
+        batch = Batch(layout, np.zeros((self.mesh.shape["dp"], layout.num_words), np.int32), Features())
+        blocks = [list(range(CHUNK)) for _ in self.config.windows]
+
+        def prefill() -> None:
+            self.step(batch).output()
+
+        def move() -> None:
+            self.move_blocks([(0, 0, blocks)], [(0, 0, blocks)], [])
+            jax.block_until_ready(self.state)
+
+        moved = 2 * CHUNK * sum(x.nbytes // x.shape[0] // x.shape[1] for x in [*self.state.keys, *self.state.values])
+        return layout.num_tokens / _seconds(prefill), moved / _seconds(move)
 
     # -- what the engine calls -------------------------------------------------------------------------------------
 
-    def step(self, batch: Batch) -> tuple[StepOutput, Array]:
-        """Run one step. Returns its output and the hidden states [dp, T, D], which stay on the device."""
+    def step(self, batch: Batch) -> PendingStep:
+        """Start a step. Its tokens come when they are asked for; the next step may be started before that."""
         program = self.step_program(batch.layout, self.num_blocks)
         tokens, hidden, self.state = program(self.params, self.state, batch.buffer, batch.features.as_array())
-        return StepOutput(np.asarray(tokens)), hidden
+        return PendingStep(tokens, hidden)
 
-    def write_slot(self, replica: int, slot: int, bias: np.ndarray, counts: np.ndarray) -> None:
-        """Set a slot's row of the sampler state: bias float32 [V], counts int32 [V]."""
+    def move_blocks(self, outs: Iterable[Move], ins: Iterable[Move], dropped: Iterable[tuple[int, int]]) -> None:
+        """Between steps: copy blocks to host memory, then others back, and forget what nobody needs. A move is
+        (replica, handle, blocks per group of layers)."""
+        for replica, handle, blocks in outs:
+            assert self.swapped is not None and self.state is not None
+            self.swapped.out(self.state, replica, handle, blocks)
+        for replica, handle, blocks in ins:
+            assert self.swapped is not None and self.state is not None
+            self.state = self.swapped.back(self.state, replica, handle, blocks)
+        for replica, handle in dropped:
+            assert self.swapped is not None
+            self.swapped.forget(replica, handle)
+
+    def write_slot(self, replica: int, slot: int, bias: np.ndarray, counts: np.ndarray | None) -> None:
+        """Set a slot's row of the sampler state: bias float32 [V]; counts int32 [V], None to let them be."""
         assert self.state is not None
         padding = (0, self.decoder.vocab_padding)
         row = self._write_slot_program()(
             self.state.sampler,
-            np.array([replica, slot], np.int32),
+            np.array([replica, slot, counts is not None], np.int32),
             np.pad(bias, padding),
-            np.pad(counts, padding),
+            np.pad(np.zeros(len(bias), np.int32) if counts is None else counts, padding),
         )
         self.state = self.state._replace(sampler=row)
 
@@ -240,25 +307,58 @@ class ModelRunner:
 
     def _step(
         self, params: list[Array], state: DeviceState, buffer: Array, wanted: Array, layout: BatchLayout
-    ) -> tuple[Array, Array, DeviceState]:
-        """Embed, layers with their KV blocks, logits of every sequence's last token, sampling."""
+    ) -> tuple[Array, Array | None, DeviceState]:
+        """Tokens [dp, num_steps, S], hidden states [dp, T, D] (of a single step), the new state."""
         model = self.model(params)
         batch = {name: unpack(buffer, layout, name) for name in layout.fields}
+        flags = Wanted(*(wanted[i] != 0 for i in range(4)))
+        if layout.num_steps == 1:
+            tokens, hidden, state = self._forward(model, state, batch, flags, layout)
+            return tokens[:, None], hidden, state
+
+        def one_step(i: Array, carry: tuple[DeviceState, Array]) -> tuple[DeviceState, Array]:
+            tokens, _, state = self._forward(model, carry[0], self._decode_batch(batch, i), flags, layout)
+            return state, carry[1].at[:, i].set(tokens)
+
+        tokens = jnp.zeros((buffer.shape[0], layout.num_steps, layout.num_seqs), jnp.int32)
+        state, tokens = jax.lax.fori_loop(0, jnp.max(batch["samples"]), one_step, (state, tokens))
+        return tokens, None, state
+
+    def _decode_batch(self, batch: dict[str, Array], i: Array) -> dict[str, Array]:
+        """The batch of the i-th of several decode steps. A sequence that has all its tokens goes on reading its first
+        block and writing to the null block."""
+        size = self.config.block_size
+        active = i < batch["samples"]
+        positions = jnp.where(active, batch["positions"] + i, 0)
+        index = jnp.broadcast_to((positions // size)[:, None, :, None], (*batch["slot_mapping"].shape, 1))
+        blocks = jnp.take_along_axis(batch["block_tables"], index, axis=-1)[..., 0]
+        return batch | {
+            "token_ids": jnp.where(i == 0, batch["token_ids"], -1 - batch["slots"]),
+            "positions": positions,
+            "rope_lens": jnp.maximum(batch["rope_lens"], positions + 1),
+            "slot_mapping": jnp.where(active[:, None], blocks * size + (positions % size)[:, None], 0),
+            "kv_lens": jnp.where(active, batch["kv_lens"] + i, 1),
+            "samples": active.astype(jnp.int32),
+        }
+
+    def _forward(
+        self, model: Decoder, state: DeviceState, batch: dict[str, Array], flags: Wanted, layout: BatchLayout
+    ) -> tuple[Array, Array, DeviceState]:
+        """Embed, layers with their KV blocks, logits of every sequence's last token, sampling."""
         paged = _PagedLayers(self, state, Ragged(**{name: batch[name] for name in Ragged._fields}), layout)
-        hidden = model(
-            batch["token_ids"], batch["positions"], paged, rope_lens=batch["rope_lens"], constrain=self._constrain
-        )
+        token_ids = _known_tokens(batch["token_ids"], state.last_tokens)
+        hidden = model(token_ids, batch["positions"], paged, rope_lens=batch["rope_lens"], constrain=self._constrain)
         last = jnp.take_along_axis(hidden, batch["logits_indices"][..., None], axis=1)
         logits = self._constrain(model.unembed(last), ("replica", None, "vocab"))
         rows = SamplingRows(
             positions=batch["kv_lens"],
             **{name: batch[name] for name in SamplingRows._fields if name != "positions"},
         )
-        flags = Wanted(*(wanted[i] != 0 for i in range(4)))
         tokens = sample(logits, rows, flags, state.sampler)
         counts = self._count(state.sampler.counts, batch["slots"], tokens, batch["samples"], flags.penalties)
-        new = DeviceState(paged.keys, paged.values, SamplerState(state.sampler.bias, counts))
-        return tokens, hidden, new
+        last_tokens = _keep_last(state.last_tokens, batch["slots"], tokens, batch["samples"])
+        sampler = SamplerState(state.sampler.bias, counts)
+        return tokens, hidden, DeviceState(paged.keys, paged.values, last_tokens, sampler)
 
     def _constrain(self, x: Array, axes: tuple[str | None, ...]) -> Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.rules.spec(axes)))
@@ -298,28 +398,32 @@ class _PagedLayers:
     def __init__(self, runner: ModelRunner, state: DeviceState, ragged: Ragged, layout: BatchLayout) -> None:
         self.runner, self.ragged, self.layout = runner, ragged, layout
         self.keys, self.values = list(state.keys), list(state.values)
-        self._plans: dict[Shape, Any] = {}
+        self._plans: dict[int, Any] = {}
         self._attend = jax.jit(self._write_and_attend, static_argnums=(7, 8))
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        config = self.runner.decoder
-        options = config.layers[layer]
-        shape = Shape(self.runner.config.block_size, options.window, self.layout.one_token_each)
-        scoring = Scoring(config.scale * options.scale, config.attention_softcap)
-        if shape not in self._plans:
-            self._plans[shape] = self._plan(shape)
+        decoder, config = self.runner.decoder, self.runner.config
+        group = config.layer_groups[layer]
+        shape = Shape(config.block_size, config.windows[group], self.layout.one_token_each)
+        scoring = Scoring(decoder.scale * decoder.layers[layer].scale, decoder.attention_softcap)
+        if group not in self._plans:
+            self._plans[group] = self._plan(group, shape)
+        slots = self.ragged.slot_mapping[:, group]
         out, self.keys[layer], self.values[layer] = self._attend(
-            q, k, v, self.keys[layer], self.values[layer], self.ragged.slot_mapping, self._plans[shape], shape, scoring
+            q, k, v, self.keys[layer], self.values[layer], slots, self._plans[group], shape, scoring
         )
         return out
 
-    def _plan(self, shape: Shape) -> Any:
+    def _plan(self, group: int, shape: Shape) -> Any:
         def one_device(ragged: Ragged) -> Any:
             plan = self.runner.attention.plan(Ragged(*(x[0] for x in ragged)), self.layout.num_tokens, shape)
             return jax.tree.map(lambda x: x[None], plan)
 
-        per_replica = self.runner.rules.spec(("replica",))
-        return self._on_each_device(one_device, per_replica, per_replica)(self.ragged)
+        ragged, per_replica = self.ragged, self.runner.rules.spec(("replica",))
+        of_group = ragged._replace(
+            slot_mapping=ragged.slot_mapping[:, group], block_tables=ragged.block_tables[:, group]
+        )
+        return self._on_each_device(one_device, per_replica, per_replica)(of_group)
 
     def _write_and_attend(
         self,
@@ -348,6 +452,17 @@ class _PagedLayers:
         return jax.shard_map(f, mesh=self.runner.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
+def _seconds(action: Callable[[], None]) -> float:
+    """The quicker of two runs, after one that is not counted."""
+    action()
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
 def unpack(buffer: Array, layout: BatchLayout, name: str) -> Array:
     """One array of a batch, cut out of the transferred buffer."""
     start, shape = layout.fields[name]
@@ -355,8 +470,25 @@ def unpack(buffer: Array, layout: BatchLayout, name: str) -> Array:
     return jax.lax.bitcast_convert_type(words, jnp.float32) if name in FLOAT_FIELDS else words
 
 
+def _known_tokens(token_ids: Array, last_tokens: Array) -> Array:
+    """token_ids [dp, T] with -1 - slot replaced by what was sampled last in that slot."""
+    sampled = jnp.take_along_axis(last_tokens, jnp.maximum(-1 - token_ids, 0), axis=1)
+    return jnp.where(token_ids < 0, sampled, token_ids)
+
+
+def _keep_last(last_tokens: Array, slots: Array, tokens: Array, samples: Array) -> Array:
+    """last_tokens [dp, slots] with the tokens [dp, S] of the rows that sample."""
+
+    def one_replica(last: Array, slots: Array, tokens: Array, samples: Array) -> Array:
+        return last.at[jnp.where(samples > 0, slots, last.shape[0])].set(tokens, mode="drop")
+
+    return jax.vmap(one_replica)(last_tokens, slots, tokens, samples)
+
+
 def _write_slot(state: SamplerState, at: Array, bias: Array, counts: Array) -> SamplerState:
-    return SamplerState(state.bias.at[at[0], at[1]].set(bias), state.counts.at[at[0], at[1]].set(counts))
+    replica, slot, rewrite = at
+    counts = jnp.where(rewrite != 0, counts, state.counts[replica, slot])
+    return SamplerState(state.bias.at[replica, slot].set(bias), state.counts.at[replica, slot].set(counts))
 
 
 def _rank_whole(logprobs: np.ndarray, targets: np.ndarray, num_top: int, vocab: int) -> Scores:

@@ -25,6 +25,7 @@ import numpy as np
 import psutil
 
 from jaxserve import LLM, SamplingParams
+from jaxserve.metrics import EngineMetrics
 
 SEED, REQUESTS, PROMPT, NEW, MIXED = 20261120, 32, (32, 256), 64, (16, 256)
 LATENCY_PROMPT, LATENCY_NEW = 128, 64
@@ -81,6 +82,7 @@ def read_bandwidth() -> float:
 def generate(llm: LLM, prompts: list[list[int]], lengths: list[int]) -> tuple[float, list[list[int]]]:
     """Seconds, and the tokens of each request."""
     params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
+    llm.reset_prefix_cache()  # the same prompts again: nothing may be found
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)  # pyright: ignore[reportArgumentType]
     seconds = time.perf_counter() - start
@@ -92,17 +94,15 @@ def generate(llm: LLM, prompts: list[list[int]], lengths: list[int]) -> tuple[fl
 def throughput(llm: LLM, repeats: int, mixed: bool) -> dict[str, Any]:
     prompts, _ = workload()
     lengths = output_lengths(mixed)
-    walls, others, shares, tokens = [], [], [], []
+    walls, others, runs, tokens = [], [], [], []
     for _ in range(repeats):
-        llm.engine.metrics = type(llm.engine.metrics)()
+        before = llm.get_metrics().snapshot()
         machine = Machine()
         seconds, tokens = generate(llm, prompts, lengths)
         walls.append(seconds)
         others.append(machine.other_cores())
-        shares.append(round(llm.get_metrics().host_share, 4))
+        runs.append(difference(before, llm.get_metrics()))
     best = walls.index(min(walls))
-    metrics = llm.get_metrics()
-    computed = metrics.num_prompt_tokens + metrics.num_generation_tokens
     return {
         "wall_s": round(walls[best], 3),
         "walls_s": [round(w, 3) for w in walls],
@@ -111,10 +111,27 @@ def throughput(llm: LLM, repeats: int, mixed: bool) -> dict[str, Any]:
         "output_tokens": sum(lengths),
         "output_tok_s": round(sum(lengths) / walls[best], 2),
         "total_tok_s": round((sum(lengths) + sum(map(len, prompts))) / walls[best], 2),
-        "host_share": shares[best],
-        "steps": metrics.num_steps,
-        "padding_share": round(metrics.num_padding_tokens / (metrics.num_padding_tokens + computed), 3),
+        **runs[best],
         "tokens": tokens,
+    }
+
+
+def difference(before: EngineMetrics, after: EngineMetrics) -> dict[str, Any]:
+    """What one run added to the engine's counters."""
+
+    def grown(name: str) -> float:
+        return getattr(after, name) - getattr(before, name)
+
+    seconds, padding = grown("host_seconds") + grown("wait_seconds"), grown("num_padding_tokens")
+    computed = grown("num_prompt_tokens") + grown("num_generation_tokens")
+    held = after.scheduler.held_slots - before.scheduler.held_slots
+    return {
+        "steps": grown("num_steps"),
+        "host_share": round(grown("host_seconds") / seconds, 4),
+        "host_ms_per_step": round(grown("host_seconds") / grown("num_steps") * 1e3, 3),
+        "device_idle_share": round(grown("device_idle_seconds") / seconds, 4),
+        "padding_share": round(padding / (padding + computed), 3),
+        "kv_efficiency": round((after.scheduler.live_slots - before.scheduler.live_slots) / held, 4),
     }
 
 

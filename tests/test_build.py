@@ -19,7 +19,7 @@ BLOCK_BYTES = 2 * 2 * 4 * 2 * 8 * 4
 
 def num_blocks(directory: Path, **options: object) -> int:
     settings = {**SMALL, "num_gpu_blocks_override": None, **options}
-    return LLM(directory, skip_tokenizer_init=True, use_tqdm_on_load=False, **settings).engine.runner.num_blocks
+    return LLM(directory, skip_tokenizer_init=True, use_tqdm_on_load=False, **settings).engine.runner.num_blocks[0]
 
 
 def test_kv_cache_memory_bytes_is_what_the_blocks_take(odd_model: Path) -> None:

@@ -193,7 +193,7 @@ def test_rows_of_edits_are_written_only_when_they_change() -> None:
     banned = -np.inf
 
     def row(output: list[int], rewrite: bool = False) -> list[float] | None:
-        written = edits.row(output, rewrite=rewrite)
+        written = edits.row(output, len(output), rewrite=rewrite)
         return None if written is None else written.tolist()
 
     start = [banned, 2.5, 0, banned, banned, banned, banned]
@@ -204,6 +204,13 @@ def test_rows_of_edits_are_written_only_when_they_change() -> None:
     assert row([2, 2, 1]) == [banned, 2.5, banned, banned, 0, banned, banned]
     assert row([2, 2, 1, 1]) == [banned, 2.5, banned, banned, banned, banned, banned]
     assert row([2, 2, 1, 1, 2]) == [banned, 2.5, 0, banned, 0, banned, banned]
+
+
+def test_tokens_in_flight_count_towards_min_tokens() -> None:
+    edits = LogitEdits(SamplingParams(min_tokens=3, stop_token_ids=[4]), 6, [4], [])
+    for num_output, banned in ((0, True), (1, None), (2, None), (3, False), (4, None)):
+        row = edits.row([], num_output, rewrite=num_output == 0)
+        assert (None if row is None else bool(row[4] == -np.inf)) == banned
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------

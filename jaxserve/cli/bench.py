@@ -60,7 +60,9 @@ def _print_throughput(report: dict[str, Any]) -> None:
             "wall": seconds_text(report["seconds"]),
             "steps": f"{report['steps']:.0f}, {seconds_text(report['seconds'] / report['steps'])} each",
             "padding": f"{report['padding_share']:.1%} of the rows computed",
-            "host": f"{report['host_share']:.1%} of the time in steps",
+            "host": f"works {report['host_share']:.1%} of the time in steps; the devices wait for it at most "
+            f"{report['device_idle_share']:.1%}",
+            "KV blocks": f"{report['kv_efficiency']:.1%} of their token slots in use",
             "preemptions": f"{report['preemptions']:.0f}",
             "compiled": f"{report['programs']} programs in {seconds_text(report['compile_seconds'])}, not counted",
         },

@@ -130,7 +130,7 @@ class _Plan:
     def _kv_bytes(self, config: DecoderConfig, tp: int) -> int:
         from jaxserve.device_state import kv_bytes_per_block
 
-        return kv_bytes_per_block(config, 1, self.kv_dtype.itemsize, tp)
+        return kv_bytes_per_block(config, config.num_layers, 1, self.kv_dtype.itemsize, tp)
 
 
 def _simulate(count: int) -> None:

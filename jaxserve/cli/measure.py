@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxserve.build import ModelFiles
 from jaxserve.config import GIB
 from jaxserve.engine_args import EngineArgs
 from jaxserve.llm import LLM
+from jaxserve.metrics import EngineMetrics
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 
 NOT_READ = ("embedding.weight", "position_embedding.weight")
@@ -72,7 +73,8 @@ def measure_throughput(llm: LLM, workload: Workload, repeats: int) -> list[dict[
 
 
 def _throughput_run(llm: LLM, workload: Workload) -> dict[str, float]:
-    before = replace(llm.get_metrics())
+    llm.reset_prefix_cache()  # else the prompts of the run before are found, and nothing is computed
+    before = llm.get_metrics().snapshot()
     start = time.perf_counter()
     llm.generate(workload.prompts, workload.params, use_tqdm=False)
     seconds = time.perf_counter() - start
@@ -82,7 +84,7 @@ def _throughput_run(llm: LLM, workload: Workload) -> dict[str, float]:
         return getattr(after, name) - getattr(before, name)
 
     padding, read, written = (grown(f"num_{k}_tokens") for k in ("padding", "prompt", "generation"))
-    host, device = grown("host_seconds"), grown("device_seconds")
+    host, wait, idle = (grown(f"{k}_seconds") for k in ("host", "wait", "device_idle"))
     # A request's first token comes out of its last prompt token, so it has no row of its own.
     rows = padding + read + written - len(workload.prompts)
     prompt_tokens, output_tokens = workload.num_prompt_tokens, workload.num_output_tokens
@@ -94,9 +96,17 @@ def _throughput_run(llm: LLM, workload: Workload) -> dict[str, float]:
         "requests_per_second": len(workload.prompts) / seconds,
         "steps": grown("num_steps"),
         "padding_share": padding / rows,
-        "host_share": host / (host + device),
+        "host_share": host / (host + wait),
+        "device_idle_share": idle / (host + wait),
+        "kv_efficiency": _efficiency(before, after),
         "preemptions": grown("num_preemptions"),
     }
+
+
+def _efficiency(before: EngineMetrics, after: EngineMetrics) -> float:
+    """Share of the token slots of held KV blocks that held a token."""
+    held = after.scheduler.held_slots - before.scheduler.held_slots
+    return (after.scheduler.live_slots - before.scheduler.live_slots) / held if held else 0.0
 
 
 def measure_latency(llm: LLM, workload: Workload, repeats: int) -> dict[str, Any]:
@@ -115,6 +125,7 @@ def measure_latency(llm: LLM, workload: Workload, repeats: int) -> dict[str, Any
 
 
 def _token_times(llm: LLM, workload: Workload) -> list[float]:
+    llm.reset_prefix_cache()
     start = time.perf_counter()
     return [time.perf_counter() - start for _ in llm.stream(workload.prompts, workload.params)]
 
