@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 GIB = 1 << 30
 
+SWAP_CHUNK = 8
+"""KV blocks of every layer that are moved to host memory or back at once; a request's last chunk may be part empty."""
+
 PreemptionMode = Literal["auto", "swap", "recompute"]
 POLICIES = ("fcfs", "priority", "fair")
 

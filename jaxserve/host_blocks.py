@@ -16,8 +16,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jaxserve.config import SWAP_CHUNK
 from jaxserve.device_state import KV_AXES, DeviceState
-from jaxserve.kv_cache.host_memory import CHUNK
 from sharding import ShardingRules
 
 Caches = tuple[list[Array], list[Array]]
@@ -44,7 +44,7 @@ class SwappedBlocks:
         self._groups, self._spec = layer_groups, rules.spec(KV_AXES)
         self._num_replicas, self._num_groups = state.keys[0].shape[0], max(layer_groups) + 1
         per_replica = rules.spec(("replica", None, None))
-        shape = (self._num_replicas, self._num_groups, CHUNK)
+        shape = (self._num_replicas, self._num_groups, SWAP_CHUNK)
         index = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, per_replica))
         caches: Caches = (state.keys, state.values)
         chunk = jax.tree.map(self._chunk_of, caches)
@@ -54,7 +54,7 @@ class SwappedBlocks:
         self._scatter = compile("swap_in", "swap_in", lambda: scatter.lower(caches, chunk, index))
 
     def _chunk_of(self, cache: Array) -> jax.ShapeDtypeStruct:
-        shape = (cache.shape[0], CHUNK, *cache.shape[2:])
+        shape = (cache.shape[0], SWAP_CHUNK, *cache.shape[2:])
         return jax.ShapeDtypeStruct(shape, cache.dtype, sharding=cache.sharding)
 
     # -- what the engine asks for ------------------------------------------------------------------------------------
@@ -91,13 +91,13 @@ class SwappedBlocks:
     # -- how blocks move ---------------------------------------------------------------------------------------------
 
     def _indices(self, replica: int, blocks: list[list[int]]) -> list[np.ndarray]:
-        """int32 [dp, G, CHUNK] per chunk; the null block where there is nothing to move."""
-        count = max(-(-len(b) // CHUNK) for b in blocks)
-        index = np.zeros((count, self._num_replicas, self._num_groups, CHUNK), np.int32)
+        """int32 [dp, G, SWAP_CHUNK] per chunk; the null block where there is nothing to move."""
+        count = max(-(-len(b) // SWAP_CHUNK) for b in blocks)
+        index = np.zeros((count, self._num_replicas, self._num_groups, SWAP_CHUNK), np.int32)
         for group, ids in enumerate(blocks):
-            padded = np.zeros(count * CHUNK, np.int32)
+            padded = np.zeros(count * SWAP_CHUNK, np.int32)
             padded[: len(ids)] = ids
-            index[:, replica, group] = padded.reshape(count, CHUNK)
+            index[:, replica, group] = padded.reshape(count, SWAP_CHUNK)
         return list(index)
 
     def _to_host(self, gathered: Array, replica: int) -> dict[Any, Array]:

@@ -16,9 +16,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.batch import FLOAT_FIELDS, Batch, BatchLayout, Features, StepOutput
+from jaxserve.config import SWAP_CHUNK
 from jaxserve.device_state import KV_AXES, SLOT_AXES, DeviceState, abstract_state, allocate
 from jaxserve.host_blocks import SwappedBlocks
-from jaxserve.kv_cache.host_memory import CHUNK
 from jaxserve.models.config import DecoderConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.sampler import SamplerState, SamplingRows, Wanted, count_tokens, sample
@@ -240,7 +240,7 @@ class ModelRunner:
         assert self.swapped is not None and self.state is not None
         layout = self.config.layouts[-1]
         batch = Batch(layout, np.zeros((self.mesh.shape["dp"], layout.num_words), np.int32), Features())
-        blocks = [list(range(CHUNK)) for _ in self.config.windows]
+        blocks = [list(range(SWAP_CHUNK)) for _ in self.config.windows]
 
         def prefill() -> None:
             self.step(batch).output()
@@ -249,7 +249,9 @@ class ModelRunner:
             self.move_blocks([(0, 0, blocks)], [(0, 0, blocks)], [])
             jax.block_until_ready(self.state)
 
-        moved = 2 * CHUNK * sum(x.nbytes // x.shape[0] // x.shape[1] for x in [*self.state.keys, *self.state.values])
+        moved = (
+            2 * SWAP_CHUNK * sum(x.nbytes // x.shape[0] // x.shape[1] for x in [*self.state.keys, *self.state.values])
+        )
         return layout.num_tokens / _seconds(prefill), moved / _seconds(move)
 
     # -- what the engine calls -------------------------------------------------------------------------------------

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxserve.config import SwapConfig
-
-CHUNK = 8
-"""Blocks of every layer that are moved at once; a request's last chunk may be part empty."""
+from jaxserve.config import SWAP_CHUNK, SwapConfig
 
 
 class HostMemory:
@@ -49,4 +46,4 @@ class HostMemory:
 
 def _chunked(num_blocks: Sequence[int]) -> int:
     """A chunk has room for as many blocks of every group."""
-    return -(-max(num_blocks) // CHUNK) * CHUNK
+    return -(-max(num_blocks) // SWAP_CHUNK) * SWAP_CHUNK
