@@ -104,9 +104,10 @@ class SchedulerConfig:
     block_size: int
     """Tokens in one KV block."""
     num_blocks: int
-    """KV blocks of layers that keep every token, the null block included."""
+    """KV blocks of the layers that look back farthest, the null block included."""
     windows: tuple[int | None, ...] = (None,)
-    """Groups of layers by the tokens that they look back on (None = all); each has tables and blocks of its own."""
+    """Groups of layers by the tokens that they look back on (None = all), the farthest first; each has tables and
+    blocks of its own."""
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0
     """Most tokens of one prompt in a step while others decode; 0 = as many as the step has room for."""
@@ -179,12 +180,13 @@ class SchedulerConfig:
         return next((b for b in buckets if b >= num_rows), num_rows)
 
     def blocks_of(self, window: int | None) -> int:
-        """Blocks of the layers with ``window``: no more than ``max_num_seqs`` windows and one step's tokens fill."""
-        if window is None:
+        """Blocks of the layers with ``window``. Those that look back less far than others need fewer: twice what
+        ``max_num_seqs`` windows and one step's tokens fill, so that as much again is left for cached prefixes."""
+        if window is None or window == self.windows[0]:
             return self.num_blocks
         chunk = -(-self.max_num_batched_tokens // self.block_size)
         windows = self.max_num_seqs * (-(-(window - 1) // self.block_size) + 2)
-        return min(self.num_blocks, 1 + windows + chunk)
+        return min(self.num_blocks, 1 + 2 * (windows + chunk))
 
     def most_blocks(self, window: int | None, num_tokens: int) -> int:
         """Blocks that a sequence growing to ``num_tokens`` holds at most at one time."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import run, tokens_of
+from tiny_models import PROMPT, Oracle, run, tokens_of, write_llama
 
 from jaxserve import LLM, RequestOutput, SamplingParams
 
@@ -96,6 +96,94 @@ def test_after_preemption(make_llm: MakeLLM, odd_model: Path, alone: list[Reques
     preempted = [o for o in outputs if o.metrics and o.metrics.num_preemptions]
     assert any(o.outputs[0].logprobs for o in preempted)
     assert any(o.prompt_logprobs and len(o.prompt_logprobs) > 30 for o in preempted)
+
+
+def test_one_step_after_the_other(make_llm: MakeLLM, odd_model: Path, alone: list[RequestOutput]) -> None:
+    llm = make_llm(odd_model, async_scheduling=False)
+    assert make_llm(odd_model).engine.async_scheduling and not llm.engine.async_scheduling
+    assert_same(answers(llm), alone)
+    assert llm.get_metrics().num_late_rows == 0
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+def test_with_several_steps_in_one(
+    make_llm: MakeLLM, odd_model: Path, alone: list[RequestOutput], async_scheduling: bool
+) -> None:
+    llm = make_llm(odd_model, num_scheduler_steps=8, async_scheduling=async_scheduling, num_gpu_blocks_override=200)
+    assert_same(answers(llm), alone)
+    before = llm.get_metrics().num_steps
+    (output,) = run(llm, [PROMPT], SamplingParams(temperature=0, max_tokens=34, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 34
+    assert llm.get_metrics().num_steps - before == 1 + 5  # the prompt with its first token, then 8 + 8 + 8 + 8 + 1
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_with_prefixes_in_common(make_llm: MakeLLM, odd_model: Path, alone: list[RequestOutput], caching: bool) -> None:
+    """The same workload twice: the second time most prompts are found, whole blocks of them."""
+    llm = make_llm(odd_model, enable_prefix_caching=caching, num_gpu_blocks_override=400)
+    llm.reset_prefix_cache()
+    for found in (False, True):
+        outputs = answers(llm)
+        assert_same(outputs, alone)
+        cached = [o.num_cached_tokens for o in outputs if o.prompt_logprobs is None]
+        assert (sum(cached) > 100) == (found and caching)
+        assert all(n % 4 == 0 and n < len(o.prompt_token_ids) for o in outputs for n in [o.num_cached_tokens])
+        assert all(o.num_cached_tokens == 0 for o in outputs if o.prompt_logprobs is not None)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"async_scheduling": False}, {"tensor_parallel_size": 2, "data_parallel_size": 2}]
+)
+def test_swapped_to_host_memory(
+    make_llm: MakeLLM, odd_model: Path, alone: list[RequestOutput], options: dict[str, Any]
+) -> None:
+    llm = make_llm(
+        odd_model,
+        num_gpu_blocks_override=21,
+        swap_space=0.01,
+        preemption_mode="swap",
+        enable_prefix_caching=False,
+        **options,
+    )
+    assert_same(answers(llm), alone)
+    counters, swapped = llm.get_metrics().scheduler, llm.engine.runner.swapped
+    assert counters.num_swapped_out == counters.num_preemptions > 0
+    assert counters.num_blocks_moved > 0
+    assert swapped is not None and swapped.num_bytes == 0
+
+
+@pytest.mark.parametrize("policy", ["priority", "fair"])
+def test_under_other_policies(make_llm: MakeLLM, odd_model: Path, alone: list[RequestOutput], policy: str) -> None:
+    llm = make_llm(odd_model, scheduling_policy=policy, num_gpu_blocks_override=40)
+    prompts, params = workload()
+    ranks, tenants = [-i % 5 for i in range(len(prompts))], ["ab"[i % 2] for i in range(len(prompts))]
+    outputs = llm.generate(prompts, params, use_tqdm=False, priority=ranks, tenant=tenants)
+    assert_same(outputs, alone)
+    llm.engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("kinds", ["ss", "fs"])
+def test_layers_with_windows(make_llm: MakeLLM, tmp_path_factory: pytest.TempPathFactory, kinds: str) -> None:
+    """Layers that look back on nine tokens hold few blocks, and the tokens are those of a run that lacks none."""
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 9}
+    directory = write_llama(tmp_path_factory.mktemp("windows"), layer_types=[names[kind] for kind in kinds], **mistral)
+    prompts, _ = workload()
+    params = [SamplingParams(temperature=0, max_tokens=10 + i, ignore_eos=True) for i in range(len(prompts))]
+    roomy = make_llm(directory, enable_prefix_caching=False, num_gpu_blocks_override=400)
+    expected = [run(roomy, [prompt], p)[0] for prompt, p in zip(prompts, params, strict=True)]
+    oracle = Oracle(roomy)
+    assert tokens_of(expected) == [oracle.greedy(*pair) for pair in zip(prompts, params, strict=True)]
+    windows, few = {"ss": ([9], 13), "fs": ([None, 9], 22)}[kinds]
+    tight = make_llm(directory, num_gpu_blocks_override=few, swap_space=0.01, preemption_mode="swap")
+    assert [g.window for g in tight.engine.scheduler.replicas[0].kv.groups] == windows
+    assert_same(run(tight, prompts, params), expected)
+    assert tight.get_metrics().scheduler.num_swapped_out > 0
+    caches = make_llm(directory, num_gpu_blocks_override=400)
+    for prompt, p, answer in zip(prompts, params, expected, strict=True):
+        for _ in range(2):
+            assert_same(run(caches, [prompt], p), [answer])
+    assert caches.get_metrics().scheduler.prefix_cache_hits > 100
 
 
 def test_with_blocks_of_another_size(make_llm: MakeLLM, odd_model: Path, alone: list[RequestOutput]) -> None:

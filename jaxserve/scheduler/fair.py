@@ -9,8 +9,10 @@ one step's service on top, which they are given first. So, while tenant i waits,
 
     counter_j - counter_i <= 2 * slack + 2 * C / min(weight_i, weight_j)
 
-where C = max(prompt_token_weight, output_token_weight) * (max_num_batched_tokens + max_num_seqs) bounds the service
-of one step: once for the head start of those that do not wait, once for a step that could not use what it was given.
+where C = max(prompt_token_weight, output_token_weight) * (max_num_batched_tokens + max_num_seqs *
+num_scheduler_steps) bounds the service of one step: once for the head start of those that do not wait, once for a step
+that could not use what it was given. It does not hold while i is kept back by a limit of its own: a rate cap, or
+max_num_partial_prefills, which lets the prompts that were begun be finished first.
 Between two tenants that both go on waiting, and whose blocks fit, the difference stays at about ``slack``. The
 service per weight of an interval differs by at most twice the difference of the counters.
 """
@@ -228,16 +230,16 @@ class Fair(Policy):
         decodes = min(demand.decodes, available)
         return decodes, min(demand.prefill, available - decodes)
 
-    def take(self, request: Request, start: int, count: int) -> int:
+    def take(self, request: Request, start: int, count: int, whole: bool = False) -> int:
         """What was computed before is free; the rest as far as the tenant's quota reaches, and then one more."""
-        tenant, config = self.tenant(request.tenant), self.config
-        free = min(count, max(0, request.num_charged_tokens - start))
-        if tenant.quota <= 0:
-            return free
-        if start < request.num_prompt_tokens:
-            count = min(count, free + math.ceil(tenant.quota / config.prompt_token_weight))
-        tenant.quota -= self._service(request, start, count, int(start + count == request.num_total_tokens))
-        return count
+        tenant, allowed = self.tenant(request.tenant), count
+        if tenant.quota <= 0 or start < request.num_prompt_tokens:
+            free = max(0, request.num_charged_tokens - start)
+            allowed = min(count, free + max(0, math.ceil(tenant.quota / self.config.prompt_token_weight)))
+        if whole and allowed < count:
+            return 0
+        tenant.quota -= self._service(request, start, allowed, int(start + allowed == request.num_total_tokens))
+        return allowed
 
     def charge(self, request: Request, start: int, count: int, samples: int) -> None:
         tenant = self.tenant(request.tenant)

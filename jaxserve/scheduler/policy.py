@@ -62,9 +62,9 @@ class Policy:
         """Nobody could use their share of the step; whether it is shared out anew."""
         return False
 
-    def take(self, request: Request, start: int, count: int) -> int:
-        """How many of ``count`` tokens from ``start`` on the request may have in this step; they are taken from its
-        lane's share."""
+    def take(self, request: Request, start: int, count: int, whole: bool = False) -> int:
+        """How many of ``count`` tokens from ``start`` on the request may have in this step, none if they are not the
+        ``whole``; they are taken from its lane's share."""
         return count
 
     def charge(self, request: Request, start: int, count: int, samples: int) -> None:

@@ -218,12 +218,10 @@ class Replica:
             count = min(left, budget, most)
             if count < left and not self.config.enable_chunked_prefill:
                 break
-            if count < left and self._too_many_partial():
-                candidates.pass_over(request)
-                continue
-            count = self.policy.take(request, found, count)
+            whole = self._too_many_partial()
+            count = 0 if whole and count < left else self.policy.take(request, found, count, whole)
             if count <= 0:
-                candidates.close_lane(request)
+                (candidates.pass_over if whole else candidates.close_lane)(request)
                 continue
             if not self._enter(request, found, count, output):
                 self.blocks_ran_out = True
@@ -244,7 +242,7 @@ class Replica:
 
     def _too_many_partial(self) -> bool:
         most = self.config.max_num_partial_prefills
-        return most > 0 and sum(_to_compute(r) > 1 for r in self.running) >= most
+        return most > 0 and sum(map(_is_partial, self.running)) >= most
 
     def _enter(self, request: Request, found: int, count: int, output: SchedulerOutput) -> bool:
         """Give a request its slot and its first blocks; False, and nothing changed, if there are not enough."""
@@ -329,6 +327,11 @@ class Replica:
 
 def _to_compute(request: Request) -> int:
     return request.num_total_tokens - request.num_computed_tokens
+
+
+def _is_partial(request: Request) -> bool:
+    """Whether it is in the middle of its prompt, or of what has to be computed again."""
+    return request.num_computed_tokens < max(request.num_prompt_tokens, request.num_total_tokens - 1)
 
 
 def _chunk(request: Request, found: int, config: SchedulerConfig) -> int:
