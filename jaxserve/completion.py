@@ -99,8 +99,8 @@ class RequestGroup:
 
     def output(self) -> RequestOutput | None:
         """What the caller gets after a step; None if it asked for the final output only and that is not there."""
-        kind = self.params.output_kind
-        if kind is RequestOutputKind.FINAL_ONLY and not self.finished:
+        kind, finished = self.params.output_kind, self.finished
+        if kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
         first = self.completions[0].request
         return RequestOutput(
@@ -109,14 +109,17 @@ class RequestGroup:
             prompt_token_ids=first.prompt_token_ids,
             prompt_logprobs=self.prompt_logprobs,
             outputs=[c.output(delta=kind is RequestOutputKind.DELTA) for c in self.completions],
-            finished=self.finished,
+            finished=finished,
             metrics=_merge([c.request.metrics for c in self.completions]),
             num_cached_tokens=first.num_cached_tokens,
         )
 
 
 def _merge(metrics: Sequence[RequestMetrics]) -> RequestMetrics:
-    """Times of a request with several completions: its first ones and its last ones."""
+    """Times of a request with several completions: its first ones and its last ones. With one completion its own,
+    which go on changing until it has finished."""
+    if len(metrics) == 1:
+        return metrics[0]
 
     def first(name: str) -> float | None:
         return min((t for m in metrics if (t := getattr(m, name)) is not None), default=None)

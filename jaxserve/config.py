@@ -225,9 +225,12 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
 
 
 def token_buckets(max_num_batched_tokens: int, smallest: int = 64) -> tuple[int, ...]:
-    """Numbers of tokens that a step with prompt chunks is compiled for: powers of two from ``smallest`` on."""
+    """Numbers of tokens that a step with prompt chunks is compiled for: powers of two from ``smallest`` on, and the
+    halfway points, so that at most a third of a larger step is padding."""
     sizes, size = {max_num_batched_tokens}, smallest
     while size < max_num_batched_tokens:
         sizes.add(size)
+        if size * 3 // 2 < max_num_batched_tokens:
+            sizes.add(size * 3 // 2)
         size *= 2
     return tuple(sorted(sizes))

@@ -270,12 +270,14 @@ class Engine:
             self.metrics.device_idle_seconds += time.perf_counter() - self._seen_busy
 
     def _note_scheduled(self, schedule: SchedulerOutput) -> None:
-        metrics, now = self.metrics, time.monotonic()
-        metrics.num_steps += 1
+        now = time.monotonic()
+        self.metrics.num_steps += 1
         for rows in schedule.replicas:
             for s in rows:
-                metrics.num_prompt_tokens += max(0, min(s.start + s.count, s.request.num_prompt_tokens) - s.start)
-                if s.request.metrics.first_scheduled_time is None:
+                prompt = len(s.request.prompt_token_ids)
+                if s.start < prompt:
+                    self.metrics.num_prompt_tokens += min(s.start + s.count, prompt) - s.start
+                if s.is_new and s.request.metrics.first_scheduled_time is None:
                     s.request.metrics.first_scheduled_time = now
 
 

@@ -140,7 +140,7 @@ class EngineArgs:
     halfway points between larger ones."""
     token_buckets: tuple[int, ...] | None = None
     """Numbers of tokens that steps with prompt chunks are compiled for; None = powers of two from 64 up to
-    max_num_batched_tokens."""
+    max_num_batched_tokens, and the halfway points."""
     compilation_cache_dir: str | None = None
     """Where compiled programs are kept between runs; None = nowhere, unless jax is configured otherwise."""
     use_tqdm_on_load: bool = True

@@ -2,16 +2,18 @@
 
 A recording is gzipped JSON, one array per line, in the order of the calls: first ``["start", version, options,
 config]``, then ``["add", request]``, ``["finish", id, reason, stop_reason, keep]``, ``["reset"]``, ``["schedule", now,
-decision]`` and ``["update", tokens]``, which belongs to the first schedule that had none yet. With asynchronous
-scheduling the next schedule comes before the update, and that is how it is replayed.
+decision]`` and ``["update", step, tokens]``. Steps are the schedules that were not empty, counted from 0. With
+asynchronous scheduling the next schedule comes before the update, and that is how it is replayed; a step that failed
+has no update.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,6 +57,8 @@ class RecordedScheduler(Scheduler):
         """``options``: of the engine, to build the same one again."""
         super().__init__(config)
         self._decisions = DecisionWriter()
+        self._num_steps = 0
+        self._started: deque[tuple[int, SchedulerOutput]] = deque()
         self._file = gzip.open(path, "wt", encoding="utf-8", compresslevel=3)  # noqa: SIM115
         self._write("start", VERSION, options or {}, asdict(config))
 
@@ -79,11 +83,17 @@ class RecordedScheduler(Scheduler):
         now = round(now, 6)  # what is written is what was decided on
         output = super().schedule(now)
         self._write("schedule", now, self._decisions.write(output))
+        if not output.is_empty:
+            self._started.append((self._num_steps, output))
+            self._num_steps += 1
         return output
 
     def update(self, output: SchedulerOutput, token_ids: list[list[list[int]]]) -> list[Advanced]:
         advanced = super().update(output, token_ids)
-        self._write("update", token_ids)
+        if not output.is_empty:
+            while self._started[0][1] is not output:  # it failed
+                self._started.popleft()
+            self._write("update", self._started.popleft()[0], token_ids)
         return advanced
 
     def close(self) -> None:
@@ -95,17 +105,20 @@ class RecordedScheduler(Scheduler):
 
 
 class Recording:
-    """A file that a RecordedScheduler wrote. Raises ValueError if it is none."""
+    """A file that a RecordedScheduler wrote. Raises ValueError if it is none, OSError if it cannot be read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             kind, version, self.options, config = next(self._lines())
-        except (OSError, ValueError, StopIteration) as error:
-            raise ValueError(f"{path}: not a recorded schedule ({error or 'it is empty'})") from None
+        except (StopIteration, ValueError, TypeError):
+            raise ValueError(f"{path}: not a recorded schedule") from None
         if (kind, version) != ("start", VERSION):
             raise ValueError(f"{path}: not a recorded schedule of version {VERSION}")
-        self.config = config_from_json(config)
+        try:
+            self.config = config_from_json(config)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: recorded by another version of the scheduler ({error})") from None
 
     def _lines(self) -> Iterator[list[Any]]:
         """Entries up to the end, or up to where the writer was interrupted."""
@@ -116,9 +129,11 @@ class Recording:
                         yield json.loads(line)
             except EOFError:
                 return
+            except (gzip.BadGzipFile, zlib.error, ValueError) as error:
+                raise ValueError(f"{self.path}: damaged ({error})") from None
 
     def entries(self) -> Iterator[list[Any]]:
-        """All but the first."""
+        """All but the first. Raises ValueError where the file is damaged."""
         lines = self._lines()
         next(lines)
         return lines
@@ -144,45 +159,93 @@ class Replay:
     """The first step that differs and how, or None."""
 
 
-def replay(recording: Recording, device: Device | None = None) -> Replay:
+Entries = Iterable[list[Any]]
+
+
+def replay(
+    recording: Recording,
+    device: Device | None = None,
+    scheduler: Scheduler | None = None,
+    progress: Callable[[Entries], Entries] = iter,
+) -> Replay:
     """Give a new scheduler the recorded events and compare its decisions, up to the first difference; with a
-    ``device``, compute the tokens again and compare them too."""
-    scheduler, decisions, result = Scheduler(recording.config), DecisionWriter(), Replay()
-    requests: dict[str, Request] = {}
-    started: deque[tuple[int, SchedulerOutput]] = deque()
-    for kind, *entry in recording.entries():
+    ``device``, compute the tokens again and compare them too.
+
+    ``scheduler``: another one than a plain ``Scheduler`` of the recorded config; ``progress`` wraps the entries.
+    Raises ValueError where the recording cannot be followed.
+    """
+    replayer = _Replayer(scheduler or Scheduler(recording.config), device)
+    for number, (kind, *entry) in enumerate(progress(recording.entries())):
+        try:
+            replayer.follow(kind, entry)
+        except (AssertionError, LookupError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise ValueError(f"{recording.path}: entry {number + 1} ({kind}) cannot be followed: {reason}") from error
+        if replayer.result.difference is not None:
+            break
+    return replayer.result
+
+
+class _Replayer:
+    def __init__(self, scheduler: Scheduler, device: Device | None) -> None:
+        self.scheduler, self.device, self.result = scheduler, device, Replay()
+        self._decisions = DecisionWriter()
+        self._requests: dict[str, Request] = {}
+        self._started: deque[tuple[int, SchedulerOutput]] = deque()
+
+    def follow(self, kind: str, entry: list[Any]) -> None:
         if kind == "add":
-            request = request_from_json(entry[0])
-            requests[request.request_id] = request
-            scheduler.add(request)
-            result.num_requests += 1
-            if device is not None:
-                device.add(request)
+            self._add(request_from_json(entry[0]))
         elif kind == "finish":
-            scheduler.finish(requests[entry[0]], *entry[1:])
+            self.scheduler.finish(self._requests[entry[0]], *entry[1:])
         elif kind == "reset":
-            scheduler.reset_prefix_cache()
+            self.scheduler.reset_prefix_cache()
         elif kind == "schedule":
-            now, expected = entry
-            output = scheduler.schedule(now)
-            result.difference = _difference(expected, decisions.write(output))
-            if result.difference is not None:
-                result.difference = f"step {result.num_steps}: {result.difference}"
-                return result
-            if device is not None:
-                device.start(output)
-            if not output.is_empty:
-                started.append((result.num_steps, output))
-                result.num_steps += 1
+            self._schedule(*entry)
         elif kind == "update":
-            step, output = started.popleft()
-            if device is not None:
-                result.difference = _token_difference(output, entry[0], device.tokens(output))
-                if result.difference is not None:
-                    result.difference = f"step {step}: {result.difference}"
-                    return result
-            scheduler.update(output, entry[0])
-    return result
+            self._update(*entry)
+        else:
+            raise ValueError(f"there is no such entry as {kind!r}")
+
+    def _add(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+        self.scheduler.add(request)
+        self.result.num_requests += 1
+        if self.device is not None:
+            self.device.add(request)
+
+    def _schedule(self, now: float, expected: list[Any]) -> None:
+        output = self.scheduler.schedule(now)
+        difference = _difference(expected, self._decisions.write(output))
+        if difference is not None:
+            self.result.difference = f"step {self.result.num_steps}: {difference}"
+            return
+        if self.device is not None:
+            self.device.start(output)
+        if not output.is_empty:
+            self._started.append((self.result.num_steps, output))
+            self.result.num_steps += 1
+
+    def _update(self, step: int, tokens: list[list[list[int]]]) -> None:
+        while self._started and self._started[0][0] < step:  # it failed
+            self._started.popleft()
+        started, output = self._started.popleft()
+        if started != step:
+            raise ValueError(f"tokens of step {step}, which did not run")
+        _check_shape(output, tokens)
+        if self.device is not None:
+            difference = _token_difference(output, tokens, self.device.tokens(output))
+            if difference is not None:
+                self.result.difference = f"step {step}: {difference}"
+                return
+        self.scheduler.update(output, tokens)
+
+
+def _check_shape(output: SchedulerOutput, tokens: list[list[list[int]]]) -> None:
+    for rows, sampled in zip(output.replicas, tokens, strict=True):
+        for row, ids in zip(rows, sampled, strict=True):
+            if len(ids) < row.samples:
+                raise ValueError(f"{len(ids)} tokens of {row.request.request_id}, which sampled {row.samples}")
 
 
 PARTS = ("rows", "bucket", "number of steps", "preempted", "swapped out", "swapped in", "dropped")

@@ -59,5 +59,5 @@ def test_buckets_cover_every_size() -> None:
     assert decode_buckets(1) == (1,)
     assert decode_buckets(64) == (1, 2, 4, 8, 16, 24, 32, 48, 64)
     assert decode_buckets(20) == (1, 2, 4, 8, 16, 20)
-    assert token_buckets(512) == (64, 128, 256, 512)
+    assert token_buckets(512) == (64, 96, 128, 192, 256, 384, 512)
     assert token_buckets(40) == (40,)

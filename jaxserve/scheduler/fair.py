@@ -231,14 +231,15 @@ class Fair(Policy):
         return decodes, min(demand.prefill, available - decodes)
 
     def take(self, request: Request, start: int, count: int, whole: bool = False) -> int:
-        """What was computed before is free; the rest as far as the tenant's quota reaches, and then one more."""
+        """What was computed before is free; the rest as far as the tenant's quota reaches, and then one more. The
+        token that a prompt ends with is not foreseen in quotas, but charged."""
         tenant, allowed = self.tenant(request.tenant), count
         if tenant.quota <= 0 or start < request.num_prompt_tokens:
             free = max(0, request.num_charged_tokens - start)
             allowed = min(count, free + max(0, math.ceil(tenant.quota / self.config.prompt_token_weight)))
         if whole and allowed < count:
             return 0
-        tenant.quota -= self._service(request, start, allowed, int(start + allowed == request.num_total_tokens))
+        tenant.quota -= self._service(request, start, allowed, int(start >= request.num_prompt_tokens))
         return allowed
 
     def charge(self, request: Request, start: int, count: int, samples: int) -> None:
