@@ -124,6 +124,7 @@ class SchedulerConfig:
     token_buckets: tuple[int, ...] = ()
     """The same for all other steps."""
     policy: str = "fcfs"
+    """One of ``POLICIES``, or "module:Class"."""
     fairness: FairnessConfig = field(default_factory=FairnessConfig)
     swap: SwapConfig = field(default_factory=SwapConfig)
     max_num_queued_requests: int | None = None
@@ -142,8 +143,8 @@ class SchedulerConfig:
         for name in ("max_num_queued_requests", "max_num_queued_tokens"):
             if getattr(self, name) is not None:
                 _whole_number(name, getattr(self, name), 1)
-        if self.policy not in POLICIES:
-            raise ValueError(f"scheduling_policy={self.policy!r}: it is one of {', '.join(POLICIES)}")
+        if self.policy not in POLICIES and ":" not in self.policy:
+            raise ValueError(f"scheduling_policy={self.policy!r}: it is one of {', '.join(POLICIES)}, or module:Class")
         if self.num_blocks < 2:
             raise ValueError(f"num_blocks={self.num_blocks}: block 0 holds padding, so at least 2 are needed")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -104,7 +104,8 @@ class EngineArgs:
     max_num_partial_prefills: int = 0
     """Requests that may be in the middle of their prompt at once; shorter prompts pass those held back. 0 = any."""
     scheduling_policy: str = "fcfs"
-    """fcfs, priority (lower ``priority`` first; displaces), or fair (among tenants)."""
+    """fcfs, priority (lower ``priority`` first; displaces), fair (among tenants), or "module:Class": a
+    ``jaxserve.scheduler.Policy`` of your own, made with the SchedulerConfig."""
     fairness: FairnessConfig | Mapping[str, Any] | None = None
     """Of the fair policy: weights, rate caps and latency targets of tenants; ``config.FairnessConfig`` or a mapping
     with its fields."""
@@ -163,6 +164,8 @@ class EngineArgs:
         _at_least_one("block_size", self.block_size)
         if self.swap_space is not None and not 0 <= self.swap_space < float("inf"):
             raise ValueError(f"swap_space={self.swap_space!r}: it is a number of GiB, 0 or more")
+        if self.record is not None and not Path(self.record).absolute().parent.is_dir():
+            raise ValueError(f"record={str(self.record)!r}: {Path(self.record).parent} is no directory")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: it is above 0 and at most 1")
         self._refuse_unsupported()

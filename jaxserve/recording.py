@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -60,10 +61,13 @@ class RecordedScheduler(Scheduler):
         self._num_steps = 0
         self._started: deque[tuple[int, SchedulerOutput]] = deque()
         self._file = gzip.open(path, "wt", encoding="utf-8", compresslevel=3)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
         self._write("start", VERSION, options or {}, asdict(config))
 
     def _write(self, *entry: Any) -> None:
         self._file.write(json.dumps(entry, separators=(",", ":")) + "\n")
+        if not self.has_unfinished:
+            self._file.flush()  # an idle engine's recording can be read
 
     def add(self, request: Request) -> None:
         super().add(request)
@@ -97,10 +101,7 @@ class RecordedScheduler(Scheduler):
         return advanced
 
     def close(self) -> None:
-        """Complete the file. What was written until then can be read even without this."""
-        self._file.close()
-
-    def __del__(self) -> None:
+        """Complete the file. Without this, what was written before the engine was idle can be read."""
         self._file.close()
 
 

@@ -219,9 +219,9 @@ def memory(bench: Bench) -> dict[str, Any]:
     prompts = [bench.prompt(int(n)) for n in bench.rng.integers(32, 257, count)]
     lengths = bench.rng.integers(16, 257, count).tolist()
     metrics = run(bench.engine(max_num_seqs=32), prompts, lengths)["metrics"]
-    block_bytes = sum(
-        x.nbytes // x.shape[0] // x.shape[1] for x in [*bench.runner.state.keys, *bench.runner.state.values]
-    )
+    state = bench.runner.state
+    assert state is not None
+    block_bytes = sum(x.nbytes // x.shape[0] // x.shape[1] for x in [*state.keys, *state.values])
     return {
         "mixed workload": {
             "block_size": bench.config.block_size,

@@ -31,6 +31,10 @@ def _engine(*names: str, help: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Engine")
 
 
+def _scheduler(*names: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Scheduler")
+
+
 def _mesh(*names: str, help: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Mesh")
 
@@ -110,6 +114,36 @@ class EngineFlags(ModelFlags):
     gpu_memory_utilization: Annotated[
         float, _engine("--gpu-memory-utilization", help="Share of a GPU's memory to use.")
     ] = EngineArgs.gpu_memory_utilization
+    no_enable_prefix_caching: Annotated[
+        bool, _scheduler("--no-enable-prefix-caching", help="Never share KV blocks between requests.")
+    ] = False
+    no_async_scheduling: Annotated[
+        bool, _scheduler("--no-async-scheduling", help="Schedule a step only when the one before it is done.")
+    ] = False
+    num_scheduler_steps: Annotated[
+        int, _scheduler("--num-scheduler-steps", help="Decode steps in one call where nothing is to be decided.")
+    ] = EngineArgs.num_scheduler_steps
+    scheduling_policy: Annotated[
+        str, _scheduler("--scheduling-policy", metavar="POLICY", help="fcfs, priority, fair, or module:Class.")
+    ] = EngineArgs.scheduling_policy
+    fairness: Annotated[
+        str | None, _scheduler("--fairness", metavar="JSON", help="Tenants, weights and caps of the fair policy.")
+    ] = None
+    long_prefill_token_threshold: Annotated[
+        int, _scheduler("--long-prefill-token-threshold", help="Tokens of one prompt per step while others decode.")
+    ] = EngineArgs.long_prefill_token_threshold
+    max_num_partial_prefills: Annotated[
+        int, _scheduler("--max-num-partial-prefills", help="Prompts in progress at once; 0 = any number.")
+    ] = EngineArgs.max_num_partial_prefills
+    swap_space: Annotated[
+        float | None, _scheduler("--swap-space", help="GiB of host memory per replica for preempted requests.")
+    ] = None
+    preemption_mode: Annotated[
+        str, _scheduler("--preemption-mode", metavar="MODE", help="auto, swap or recompute.")
+    ] = EngineArgs.preemption_mode
+    record: Annotated[
+        str | None, _scheduler("--record", metavar="FILE", help="Write every scheduling decision here.")
+    ] = None
     attention_backend: Annotated[
         str | None, _engine("--attention-backend", help="Paged attention to use; none = the platform's.")
     ] = None
@@ -123,7 +157,9 @@ class EngineFlags(ModelFlags):
 
     def engine_options(self) -> dict[str, Any]:
         options = super().engine_options()
-        options["enable_chunked_prefill"] = not options.pop("no_enable_chunked_prefill")
+        for name in ("enable_chunked_prefill", "enable_prefix_caching", "async_scheduling"):
+            options[name] = not options.pop(f"no_{name}")
+        options["fairness"] = _json_object("--fairness", self.fairness)
         cache = options["compilation_cache_dir"] or str(cache_directory())
         options["compilation_cache_dir"] = None if cache == "none" else cache
         return options

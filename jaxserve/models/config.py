@@ -130,8 +130,8 @@ class DecoderConfig:
         return self.num_heads % tp == 0 and kv_divides and self.intermediate_size % tp == 0
 
     def layer_groups(self, max_model_len: int) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
-        """How far layers look back, each distance once, the farthest first (None = ``max_model_len`` or more), and which
-        of these is each layer's own."""
+        """How far layers look back, each distance once, the farthest first (None = ``max_model_len`` or more), and
+        which of these is each layer's own."""
         windows = [None if o.window is None or o.window >= max_model_len else o.window for o in self.layers]
         distinct = sorted(set(windows), key=lambda w: -(w or max_model_len))
         return tuple(distinct), tuple(distinct.index(w) for w in windows)

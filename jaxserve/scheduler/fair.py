@@ -11,8 +11,9 @@ one step's service on top, which they are given first. So, while tenant i waits,
 
 where C = max(prompt_token_weight, output_token_weight) * (max_num_batched_tokens + max_num_seqs *
 num_scheduler_steps) bounds the service of one step: once for the head start of those that do not wait, once for a step
-that could not use what it was given. It does not hold while i is kept back by a limit of its own: a rate cap, or
-max_num_partial_prefills, which lets the prompts that were begun be finished first.
+that could not use what it was given. It is for limits that can be shared out. Where i waits for blocks that others
+hold, j may in addition be given what its running requests need to their end; where i waits for its own rate cap, or
+for prompts that were begun (max_num_partial_prefills), there is no bound.
 Between two tenants that both go on waiting, and whose blocks fit, the difference stays at about ``slack``. The
 service per weight of an interval differs by at most twice the difference of the counters.
 """

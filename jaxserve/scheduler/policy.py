@@ -41,8 +41,12 @@ class Policy:
         return (request.arrival,)
 
     def rank(self, request: Request) -> tuple[Any, ...]:
-        """Order among all requests now: the lowest is served first and preempted last."""
+        """Order among all requests now: the lowest is served first."""
         return self.key(request)
+
+    def victim_rank(self, request: Request) -> tuple[Any, ...]:
+        """Order among running requests when blocks run out: the highest is preempted first."""
+        return self.rank(request)
 
     def may_displace(self, waiting: Request, running: Request) -> bool:
         """Whether ``running`` should make room because ``waiting`` cannot enter."""

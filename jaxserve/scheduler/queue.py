@@ -17,7 +17,7 @@ class RequestQueue:
         self.policy = policy
         self.lanes: dict[str, list[Request]] = {}
         self.num_tokens = 0
-        """Tokens of all requests in it, when they entered."""
+        """Prompt tokens of all requests in it."""
         self._length = 0
 
     def __len__(self) -> int:
@@ -28,7 +28,7 @@ class RequestQueue:
 
     def push(self, request: Request) -> None:
         insort(self.lanes.setdefault(self.policy.lane(request), []), request, key=self.policy.key)
-        self.num_tokens += request.num_tokens
+        self.num_tokens += request.num_prompt_tokens
         self._length += 1
 
     def remove(self, request: Request) -> None:
@@ -39,7 +39,7 @@ class RequestQueue:
         del lane[at]
         if not lane:
             del self.lanes[name]
-        self.num_tokens -= request.num_tokens
+        self.num_tokens -= request.num_prompt_tokens
         self._length -= 1
 
     def heads(self) -> list[Request]:

@@ -157,7 +157,7 @@ class Replica:
                 victims += 1
         missing = len(counts) < wanted or victims > 0
         if wanted and not counts and not victims and not any(r.num_in_flight for r in self.running):
-            self._preempt(max(self.running, key=self.policy.rank), output)  # all wait for each other
+            self._preempt(max(self.running, key=self.policy.victim_rank), output)  # all wait for each other
         return missing
 
     def _victim(self, request: Request, counts: Mapping[Request, int]) -> Request | None:
@@ -166,7 +166,7 @@ class Replica:
         Whoever ranks last, but nobody who came back and has not made progress yet: such a request holds what it
         needs for its next token, so waiting for it comes to an end.
         """
-        rank = self.policy.rank
+        rank = self.policy.victim_rank
         if any(r.num_tokens_left == 0 for r in self.running):
             return None  # somebody's last token is in flight, and its blocks will be free
         movable = [r for r in self.running if r.has_made_progress or r not in counts]
@@ -187,7 +187,7 @@ class Replica:
         movable = [r for r in self.running if r.has_made_progress and self.policy.may_displace(first, r)]
         if not movable or not self._has_room(first, movable):
             return
-        movable.sort(key=self.policy.rank)
+        movable.sort(key=self.policy.victim_rank)
         while movable and not self._has_room(first):
             self._preempt(movable.pop(), output)
 
@@ -323,6 +323,7 @@ class Replica:
         assert all(r.status is Status.SWAPPED and r.slot is None for r in self.swapped)
         for queue in (self.waiting, self.swapped):
             assert len(queue) == len(list(queue)), "a queue counts wrongly"
+            assert queue.num_tokens == sum(r.num_prompt_tokens for r in queue), "a queue counts tokens wrongly"
 
 
 def _to_compute(request: Request) -> int:

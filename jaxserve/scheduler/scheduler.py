@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import NamedTuple
 
 from jaxserve.config import SchedulerConfig
@@ -84,17 +85,17 @@ class Scheduler:
     def check_queue(self, num_requests: int, num_tokens: int) -> None:
         """Reject what the queues have no room for: raises QueueFullError and counts it."""
         waiting, tokens = self.num_waiting, sum(r.waiting.num_tokens for r in self.replicas)
-        for name, there, more in (
-            ("max_num_queued_requests", waiting, num_requests),
-            ("max_num_queued_tokens", tokens, num_tokens),
+        for name, what, there, more in (
+            ("max_num_queued_requests", "requests", waiting, num_requests),
+            ("max_num_queued_tokens", "prompt tokens", tokens, num_tokens),
         ):
             limit = getattr(self.config, name)
             if limit is not None and there + more > limit:
                 self.counters.num_rejected += num_requests
                 self.counters.rejected_tokens += num_tokens
                 raise QueueFullError(
-                    f"rejected: {there} {'requests' if more == num_requests else 'prompt tokens'} wait, {more} more "
-                    f"would exceed {name}={limit}: try again later, or raise the limit"
+                    f"rejected: {there} {what} wait, {more} more would exceed {name}={limit}: try again later, or "
+                    "raise the limit"
                 )
 
     def add(self, request: Request) -> None:
@@ -223,10 +224,19 @@ class Scheduler:
 
 
 def make_policy(config: SchedulerConfig) -> Policy:
+    """The policy that ``config`` names; ValueError if it names a class that is none."""
     match config.policy:
-        case "fair":
-            return Fair(config.fairness)
+        case "fcfs":
+            return Policy()
         case "priority":
             return Priority()
-        case _:
-            return Policy()
+        case "fair":
+            return Fair(config.fairness)
+    module, _, name = config.policy.partition(":")
+    try:
+        policy = getattr(import_module(module), name)(config)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"scheduling_policy={config.policy!r} cannot be made: {error}") from None
+    if not isinstance(policy, Policy):
+        raise ValueError(f"scheduling_policy={config.policy!r} is no jaxserve.scheduler.Policy")
+    return policy
