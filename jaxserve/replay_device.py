@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
@@ -46,7 +47,7 @@ def _args(recording: Recording, model: str | Path | None) -> EngineArgs:
         if options.get(name) is not None:
             options[name] = tuple(options[name])
     options |= {name: getattr(config, name) for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens")}
-    options |= {"num_gpu_blocks_override": config.num_blocks, "record": None, "use_tqdm_on_load": True}
+    options |= {"num_gpu_blocks_override": config.num_blocks, "record": None, "use_tqdm_on_load": sys.stderr.isatty()}
     if options.get("swap_space") is None:  # on another platform the default may be none
         options["swap_space"] = config.swap.num_blocks * config.swap.block_bytes / GIB
     return EngineArgs.of(recorded_model if model is None else model, **options)
