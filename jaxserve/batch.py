@@ -101,6 +101,10 @@ class Batch:
         """A view [dp, *shape] of one array."""
         return view(self.buffer, self.layout, name)
 
+    def emptied(self) -> Batch:
+        """The same layout with nothing in it."""
+        return Batch(self.layout, np.zeros_like(self.buffer), Features())
+
 
 @dataclass(frozen=True)
 class StepOutput:
@@ -118,6 +122,21 @@ def view(buffer: np.ndarray, layout: BatchLayout, name: str) -> np.ndarray:
     start, shape = layout.fields[name]
     words = buffer[:, start : start + math.prod(shape)].reshape(buffer.shape[0], *shape)
     return words.view(np.float32) if name in FLOAT_FIELDS else words
+
+
+def relaid(batch: Batch, layout: BatchLayout) -> Batch:
+    """The same work in another layout that has room for it."""
+    if batch.layout == layout:
+        return batch
+    buffer = np.zeros((batch.buffer.shape[0], layout.num_words), np.int32)
+    view(buffer, layout, "repetition_penalty")[:] = 1.0
+    for name in layout.fields:
+        old, new = batch.array(name), view(buffer, layout, name)
+        common = tuple(slice(min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
+        new[common] = old[common]
+    ends, known = view(buffer, layout, "cu_q_lens"), min(batch.layout.num_seqs, layout.num_seqs) + 1
+    ends[:, known:] = ends[:, known - 1 : known]
+    return Batch(layout, buffer, batch.features)
 
 
 class BatchBuilder:

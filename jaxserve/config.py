@@ -132,11 +132,13 @@ class SchedulerConfig:
     max_num_queued_tokens: int | None = None
     """The same for the prompt tokens of waiting requests."""
     num_replicas: int = 1
+    num_stages: int = 1
+    """Pipeline stages: a sampled token is there as many steps after its request was scheduled."""
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks"):
             _whole_number(name, getattr(self, name), 1)
-        for name in ("num_scheduler_steps", "num_replicas"):
+        for name in ("num_scheduler_steps", "num_replicas", "num_stages"):
             _whole_number(name, getattr(self, name), 1)
         for name in ("long_prefill_token_threshold", "max_num_partial_prefills"):
             _whole_number(name, getattr(self, name), 0)
@@ -153,6 +155,12 @@ class SchedulerConfig:
                 f"{self.max_num_seqs}: every sequence must be able to get a token in each step"
             )
         self._check_chunking()
+        if self.num_stages > 1 and self.num_scheduler_steps > 1:
+            raise ValueError(
+                f"num_scheduler_steps={self.num_scheduler_steps} is not supported with pipeline stages: leave it at 1"
+            )
+        if self.num_stages > 1 and self.swap.num_blocks:
+            raise ValueError("swap_space is not supported with pipeline stages: leave it at 0")
 
     def _check_chunking(self) -> None:
         if self.enable_chunked_prefill:

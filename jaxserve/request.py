@@ -55,6 +55,8 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_in_flight: int = 0
     """Tokens that are being sampled, or were and have not reached the host."""
+    ready_at: int = 0
+    """The step of its replica from which its next token is known on the device, or here."""
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache had when the request first ran."""

@@ -28,6 +28,8 @@ class Replica:
         self.running: list[Request] = []
         self.swapped = RequestQueue(policy)
         self.free_slots = deque(range(config.max_num_seqs))
+        self._resting: deque[tuple[int, int]] = deque()  # (step, slot): free from that step on
+        self._step = 0
         self.blocks_ran_out = False
         """Whether the last step had to leave somebody out for want of blocks."""
 
@@ -56,6 +58,12 @@ class Replica:
         if not rows and self.policy.relent():
             rows = self._fill_step(output)
         return rows
+
+    def next_step(self) -> None:
+        """Count the step that is to be scheduled."""
+        self._step += 1
+        while self._resting and self._resting[0][0] <= self._step:
+            self.free_slots.append(self._resting.popleft()[1])
 
     def _fill_step(self, output: SchedulerOutput) -> list[Scheduled]:
         counts = self._share_tokens()
@@ -91,7 +99,8 @@ class Replica:
     def _with_work(self) -> Iterator[Request]:
         """Running requests that can be given tokens: not those that wait for what is in flight."""
         for request in self.running:
-            if request.num_tokens_left > 0 and not (request.waits_for_tokens and request.num_in_flight):
+            waits = request.ready_at > self._step or (request.waits_for_tokens and request.num_in_flight)
+            if request.num_tokens_left > 0 and not waits:
                 yield request
 
     def _demands(self, output: SchedulerOutput) -> dict[str, Demand]:
@@ -113,13 +122,14 @@ class Replica:
         return demands
 
     def _share_tokens(self) -> dict[Request, int]:
-        """Tokens of each running request: one for those that decode, the rest of the budget for prompts."""
+        """Tokens of each running request: one for those that decode, the rest of the budget for prompts. With pipeline
+        stages only so many decode at a time that all stages have some."""
         budget, counts = self.config.max_num_batched_tokens, dict[Request, int]()
-        prefills = []
+        prefills, most = [], -(-len(self.running) // self.config.num_stages)
         for request in self._in_order(self._with_work()):
             if _to_compute(request) > 1:
                 prefills.append(request)
-            elif self.policy.take(request, request.num_computed_tokens, 1):
+            elif len(counts) < most and self.policy.take(request, request.num_computed_tokens, 1):
                 counts[request] = 1
                 budget -= 1
         most = self._longest_chunk(counts)
@@ -132,8 +142,11 @@ class Replica:
         return counts
 
     def _in_order(self, requests: Iterable[Request]) -> Iterable[Request]:
-        """By rank where a policy shares tokens out; else there are enough for all who decode."""
-        return sorted(requests, key=self.policy.rank) if self.policy.shares_steps else requests
+        """By rank where a policy shares tokens out, and longest ready first where stages take turns; else there are
+        enough tokens for all who decode."""
+        if self.policy.shares_steps:
+            return sorted(requests, key=self.policy.rank)
+        return sorted(requests, key=lambda r: r.ready_at) if self.config.num_stages > 1 else requests
 
     def _longest_chunk(self, counts: Mapping[Request, int]) -> int:
         """Tokens of one prompt in this step: a long one must not keep those waiting who decode."""
@@ -210,7 +223,7 @@ class Replica:
         budget, most = self.config.max_num_batched_tokens - sum(counts.values()), self._longest_chunk(counts)
         candidates, rows = Candidates(self.policy, (self.swapped, self.waiting)), list[Scheduled]()
         while budget > 0 and self.free_slots and (request := candidates.best()) is not None:
-            if request in output.preempted:
+            if request in output.preempted or request.num_in_flight:
                 candidates.close_lane(request)
                 continue
             found = self._found(request)
@@ -272,6 +285,8 @@ class Replica:
         self.policy.charge(request, start, count, samples)
         request.num_charged_tokens = max(request.num_charged_tokens, start + count)
         request.num_in_flight += samples
+        if samples:
+            request.ready_at = self._step + self.config.num_stages
         return Scheduled(request, start, count, self.kv.tables(request), request.slot, is_new, samples)
 
     # -- who leaves --------------------------------------------------------------------------------------------------
@@ -279,7 +294,10 @@ class Replica:
     def _leave(self, request: Request) -> None:
         assert request.slot is not None
         self.running.remove(request)
-        self.free_slots.append(request.slot)
+        if self.config.num_stages == 1:
+            self.free_slots.append(request.slot)
+        else:  # its device rows are in use until what is in the pipeline has left it
+            self._resting.append((self._step + self.config.num_stages, request.slot))
         request.slot = None
         self.kv.free(request)
 
@@ -316,7 +334,7 @@ class Replica:
         """Recount everything that is counted."""
         self.kv.check_integrity(self.running)
         self.host.check_integrity([r.arrival for r in self.swapped])
-        slots = [r.slot for r in self.running]
+        slots = [*(r.slot for r in self.running), *(slot for _, slot in self._resting)]
         assert sorted([*slots, *self.free_slots]) == list(range(self.config.max_num_seqs))  # pyright: ignore
         assert all(r.status is Status.RUNNING for r in self.running)
         assert all(r.status is Status.WAITING and r.slot is None for r in self.waiting)

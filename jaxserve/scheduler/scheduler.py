@@ -138,6 +138,8 @@ class Scheduler:
         """
         output = SchedulerOutput([])
         output.dropped, self._dropped = self._dropped, []
+        for replica in self.replicas:
+            replica.next_step()
         several = self.config.num_scheduler_steps
         if several > 1 and all(replica.can_run_several(several) for replica in self.replicas):
             output.num_steps = several
