@@ -15,6 +15,7 @@ import psutil
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from jaxserve import model_configs
 from jaxserve.config import GIB, FairnessConfig, SchedulerConfig, SwapConfig, decode_buckets, token_buckets
 from jaxserve.device_state import bytes_per_device, kv_bytes_per_block
 from jaxserve.engine import Engine
@@ -65,11 +66,14 @@ class ModelFiles:
 
 
 def find_model(model: str | Path, revision: str | None = None) -> Path:
-    """The local directory of "demo", of a path, or of a hub name (downloaded into the hub's own cache)."""
+    """The local directory of "demo", of a path, of a name in ``model_configs`` (no weights), or of a hub name
+    (downloaded into the hub's own cache)."""
     if str(model) == "demo":
         return DEMO_MODEL
     if Path(model).is_dir():
         return Path(model)
+    if shape := model_configs.find(str(model)):
+        return shape
     if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise FileNotFoundError(f'model {str(model)!r}: no such directory, and no hub name ("owner/name")')
     from huggingface_hub import snapshot_download
@@ -92,10 +96,14 @@ def resolve_mesh(args: EngineArgs) -> MeshConfig:
         cp=args.decode_context_parallel_size,
         tp=args.tensor_parallel_size,
     )
-    for axis, name in (("pp", "pipeline_parallel_size"), ("cp", "decode_context_parallel_size")):
-        if getattr(config, axis) != 1:
-            raise NotImplementedError(f"{name}={getattr(config, axis)} is not supported yet; leave {axis} at 1")
+    if config.cp != 1:
+        raise NotImplementedError(f"decode_context_parallel_size={config.cp} is not supported yet; leave cp at 1")
     return config
+
+
+def fit(decoder: DecoderConfig, mesh: MeshConfig) -> DecoderConfig:
+    """The model for the mesh: heads, columns and vocabulary that divide, and layers cut into stages."""
+    return decoder.fit_to(mesh.tp, vocab_shards=mesh.pp * mesh.tp).staged(mesh.pp)
 
 
 def open_mesh(config: MeshConfig) -> Mesh:
@@ -125,7 +133,7 @@ def load_model(
     """Graph definition and parameters, from whatever the directory holds."""
     dtype = resolve_dtype(args.dtype, files.hf)
     if args.load_format == "dummy":
-        return random_params(decoder, dtype, mesh, rules, args.seed)
+        return random_params(files.decoder, decoder, dtype, mesh, rules, args.seed)
     from jaxserve.weights.orbax import is_orbax, restore
 
     if args.load_format == "orbax" or (args.load_format == "auto" and is_orbax(files.directory)):
@@ -133,7 +141,8 @@ def load_model(
     family = family_of(files.hf.architectures)
     checkpoint = Checkpoint(files.directory, getattr(family, "PREFIXES", ("model.",)))
     show = _progress("loading weights", args.use_tqdm_on_load)
-    return load_params(decoder, dtype, family.weights(decoder, checkpoint), mesh, rules, show)
+    weights = family.weights(files.decoder, checkpoint)
+    return load_params(files.decoder, decoder, dtype, weights, mesh, rules, show)
 
 
 def _progress(what: str, shown: bool) -> Callable[[Iterable[Any]], Iterable[Any]]:
@@ -150,13 +159,13 @@ def build_engine(args: EngineArgs) -> Engine:
         jax.config.update("jax_compilation_cache_max_size", COMPILE_CACHE_BYTES)
     files = ModelFiles.find(args)
     mesh_config = resolve_mesh(args)
-    decoder, rules = files.decoder.fit_to(mesh_config.tp), ShardingRules()
+    decoder, rules = fit(files.decoder, mesh_config), ShardingRules()
     tokenizer = None if args.skip_tokenizer_init else load_tokenizer(args.tokenizer or files.directory)
     mesh = open_mesh(mesh_config)
     platform = mesh.devices.flat[0].platform
     model = load_model(files, args, decoder, mesh, rules)
     dtype = resolve_dtype(args.dtype, files.hf)
-    limits = _limits(args, decoder, platform, dtype, mesh_config.dp)
+    limits = _limits(args, decoder, platform, dtype, mesh_config)
     runner = ModelRunner(
         model,
         decoder,
@@ -178,7 +187,9 @@ def build_engine(args: EngineArgs) -> Engine:
     return Engine(scheduler, runner, tokenizer, files.eos_token_ids, args.seed, args.async_scheduling)
 
 
-def _limits(args: EngineArgs, decoder: DecoderConfig, platform: str, dtype: jnp.dtype, dp: int) -> SchedulerConfig:
+def _limits(
+    args: EngineArgs, decoder: DecoderConfig, platform: str, dtype: jnp.dtype, mesh: MeshConfig
+) -> SchedulerConfig:
     """The scheduler's limits, but for the number of blocks, which is known once the step is compiled."""
     longest = args.max_model_len or decoder.max_position
     table = decoder.learned_positions - decoder.position_offset
@@ -211,13 +222,14 @@ def _limits(args: EngineArgs, decoder: DecoderConfig, platform: str, dtype: jnp.
         fairness=FairnessConfig.of(args.fairness),
         max_num_queued_requests=args.max_num_queued_requests,
         max_num_queued_tokens=args.max_num_queued_tokens,
-        num_replicas=dp,
+        num_replicas=mesh.dp,
+        num_stages=mesh.pp,
     )
 
 
 def _swap(args: EngineArgs, runner: ModelRunner, platform: str) -> SwapConfig:
     """Host memory for preempted requests; the rates are measured once the engine is warm."""
-    default = 0.0 if platform == "cpu" else GPU_SWAP_GIB
+    default = 0.0 if platform == "cpu" or runner.decoder.num_stages > 1 else GPU_SWAP_GIB
     space = int((default if args.swap_space is None else args.swap_space) * GIB)
     config, tp = runner.config, runner.mesh.shape["tp"]
     layers = len(config.layer_groups)

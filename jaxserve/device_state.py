@@ -22,38 +22,58 @@ SLOT_AXES = ("replica", None, "vocab")
 
 class DeviceState(NamedTuple):
     """keys and values: per layer [dp, num_blocks, K, ...], laid out as the attention implementation wants them;
-    last_tokens int32 [dp, slots]: what was sampled last in each slot."""
+    last_tokens int32 [dp, slots]: what was sampled last in each slot.
+
+    With pipeline stages: keys and values per layer of a stage [pp, dp, num_blocks, K, ...]; activations
+    [pp, dp, T, D]: what each stage was passed by the one before.
+    """
 
     keys: list[Array]
     values: list[Array]
     last_tokens: Array
     sampler: SamplerState
+    activations: Array | None = None
+
+
+class StateSizes(NamedTuple):
+    """num_blocks: of each layer; activations: T and dtype, None without stages."""
+
+    num_blocks: Sequence[int]
+    block_size: int
+    num_slots: int
+    activations: tuple[int, jnp.dtype] | None = None
 
 
 def abstract_state(
     config: DecoderConfig,
     attention: PagedAttention,
     kv_dtype: jnp.dtype,
-    num_blocks: Sequence[int],
-    block_size: int,
-    num_slots: int,
+    sizes: StateSizes,
     mesh: Mesh,
     rules: ShardingRules,
 ) -> DeviceState:
-    """Shapes, dtypes and shardings of the state, without allocating it. ``num_blocks``: of each layer."""
-    dp = mesh.shape["dp"]
-    shapes = [attention.cache_shapes(n, block_size, config.num_kv_heads, config.head_dim) for n in num_blocks]
-    kv = NamedSharding(mesh, rules.spec(KV_AXES))
-    slot = NamedSharding(mesh, rules.spec(SLOT_AXES))
-    rows = (dp, num_slots, config.vocab_size + config.vocab_padding)
+    """Shapes, dtypes and shardings of the state, without allocating it."""
+    dp, stages = mesh.shape["dp"], (config.num_stages,) if config.num_stages > 1 else ()
+    vocab = config.vocab_size + config.vocab_padding
 
-    def array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    def array(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, rules.spec(axes)))
 
-    keys, values = ([array((dp, *shape[i]), kv_dtype, kv) for shape in shapes] for i in range(2))
-    last_tokens = array((dp, num_slots), jnp.int32, NamedSharding(mesh, rules.spec(("replica", None))))
-    sampler = SamplerState(array(rows, jnp.float32, slot), array(rows, jnp.int32, slot))
-    return DeviceState(keys, values, last_tokens, sampler)
+    def caches(which: int) -> list[Any]:
+        heads = config.num_kv_heads, config.head_dim
+        shapes = [attention.cache_shapes(n, sizes.block_size, *heads)[which] for n in sizes.num_blocks]
+        axes = (*("stage",) * len(stages), *KV_AXES)
+        return [array((*stages, dp, *shape), axes, kv_dtype) for shape in shapes]
+
+    rows = (dp, sizes.num_slots, vocab)
+    sampler = SamplerState(array(rows, SLOT_AXES, jnp.float32), array(rows, SLOT_AXES, jnp.int32))
+    activations = None
+    if sizes.activations is not None:
+        tokens, dtype = sizes.activations
+        shape = (*stages, dp, tokens, config.hidden_size)
+        activations = array(shape, ("stage", "replica", None, None), dtype)
+    last_tokens = array((dp, sizes.num_slots), ("replica", None), jnp.int32)
+    return DeviceState(caches(0), caches(1), last_tokens, sampler, activations)
 
 
 def allocate(abstract: DeviceState) -> DeviceState:

@@ -12,10 +12,11 @@ from jaxserve.batch import BatchBuilder
 from jaxserve.completion import Completion, RequestGroup
 from jaxserve.metrics import EngineMetrics
 from jaxserve.outputs import RequestMetrics, RequestOutput
+from jaxserve.pipeline import Pipeline
 from jaxserve.request import Request, Status
 from jaxserve.runner import ModelRunner, PendingStep
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.scheduler import Advanced, BlockMove, Scheduler, SchedulerOutput
+from jaxserve.scheduler import Advanced, Scheduler, SchedulerOutput
 from jaxserve.scoring import Owners, add_logprobs
 from jaxserve.slot_rows import SlotRows
 from jaxserve.tokenizer import bad_word_token_sequences
@@ -26,7 +27,7 @@ IDLE_SECONDS = 0.001
 
 @dataclass(frozen=True)
 class InFlight:
-    """A step that was started and whose tokens have not been read."""
+    """A step that was started and whose tokens have not been read; of a pipeline, what left it."""
 
     schedule: SchedulerOutput
     pending: PendingStep
@@ -54,6 +55,7 @@ class Engine:
         self._owners: Owners = {}
         self._num_requests = 0
         self._in_flight: InFlight | None = None
+        self._pipeline = Pipeline(runner, scheduler.config) if scheduler.config.num_stages > 1 else None
         self._seen_busy: float | None = None  # when a step was last known to be running
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -159,6 +161,8 @@ class Engine:
         except BaseException:
             # Blocks may be named whose contents were never computed, and nobody will read what is in flight.
             self._in_flight = None
+            if self._pipeline is not None:
+                self._pipeline.clear()
             self.scheduler.reset_prefix_cache()
             raise
 
@@ -177,26 +181,35 @@ class Engine:
         if not self._groups and self._in_flight is not None:  # started for requests that had ended
             last, self._in_flight = self._in_flight, None
             self._land(last)
+        if not self._groups and self._pipeline is not None:
+            self._pipeline.clear()
         return outputs
 
     def _start(self) -> InFlight | None:
         """Schedule a step and hand it to the devices; None if there is nothing to compute."""
         start = time.perf_counter()
         schedule = self.scheduler.schedule(time.monotonic())
-        self.runner.move_blocks(_moves(schedule.swap_outs), _moves(schedule.swap_ins), schedule.dropped)
-        if schedule.is_empty:
+        self.runner.move_blocks(schedule.swap_outs, schedule.swap_ins, schedule.dropped)
+        if schedule.is_empty and (self._pipeline is None or self._pipeline.is_empty):
             return None
-        layout = self.runner.config.layout(schedule.bucket, schedule.one_token_each, schedule.num_steps)
-        batch = self._batches.build(schedule, layout)
+        rows = schedule.bucket or self.runner.config.decode_buckets[0]
+        batch = self._batches.build(
+            schedule, self.runner.config.layout(rows, schedule.one_token_each, schedule.num_steps)
+        )
         self._slot_rows.write(schedule)
         self._note_idle()
-        pending = self.runner.step(batch)
+        if self._pipeline is None:
+            started = InFlight(schedule, self.runner.step(batch))
+        else:
+            started = InFlight(*self._pipeline.tick(schedule, batch))
         self._note_scheduled(schedule)
         self.metrics.host_seconds += time.perf_counter() - start
-        return InFlight(schedule, pending)
+        return started
 
     def _land(self, step: InFlight) -> list[RequestOutput]:
         """Wait for a step's tokens and hand them out."""
+        if step.schedule.is_empty:
+            return []  # the pipeline is being filled
         start = time.perf_counter()
         output = step.pending.output()
         landed = self._seen_busy = time.perf_counter()
@@ -279,7 +292,3 @@ class Engine:
                     self.metrics.num_prompt_tokens += min(s.start + s.count, prompt) - s.start
                 if s.is_new and s.request.metrics.first_scheduled_time is None:
                     s.request.metrics.first_scheduled_time = now
-
-
-def _moves(moves: list[BlockMove]) -> list[tuple[int, int, list[list[int]]]]:
-    return [(move.replica, move.handle, move.blocks) for move in moves]

@@ -13,6 +13,7 @@ from jaxserve.build import build_engine
 from jaxserve.config import GIB, SchedulerConfig
 from jaxserve.engine import Engine
 from jaxserve.engine_args import EngineArgs
+from jaxserve.pipeline import Pipeline
 from jaxserve.recording import Recording
 from jaxserve.request import Request, Status
 from jaxserve.runner import PendingStep
@@ -67,7 +68,9 @@ class ModelDevice:
 
     def __init__(self, engine: Engine) -> None:
         self.runner, self.tokenizer = engine.runner, engine.tokenizer
-        self._batches = BatchBuilder(engine.scheduler.config)
+        config = engine.scheduler.config
+        self._batches = BatchBuilder(config)
+        self._pipeline = Pipeline(engine.runner, config) if config.num_stages > 1 else None
         self._slot_rows = SlotRows(engine.runner)
         self._requests: list[Request] = []
         self._pending: deque[tuple[SchedulerOutput, PendingStep]] = deque()
@@ -81,14 +84,17 @@ class ModelDevice:
 
     def start(self, output: SchedulerOutput) -> None:
         """Start a step, as ``Engine`` does."""
-        self.runner.move_blocks(_moves(output.swap_outs), _moves(output.swap_ins), output.dropped)
-        if output.is_empty:
+        self.runner.move_blocks(output.swap_outs, output.swap_ins, output.dropped)
+        if output.is_empty and (self._pipeline is None or self._pipeline.is_empty):
             return
         self._forget_finished()
-        layout = self.runner.config.layout(output.bucket, output.one_token_each, output.num_steps)
-        batch = self._batches.build(output, layout)
+        rows = output.bucket or self.runner.config.decode_buckets[0]
+        batch = self._batches.build(output, self.runner.config.layout(rows, output.one_token_each, output.num_steps))
         self._slot_rows.write(output)
-        self._pending.append((output, self.runner.step(batch)))
+        if self._pipeline is None:
+            self._pending.append((output, self.runner.step(batch)))
+        else:
+            self._pending.append(self._pipeline.tick(output, batch))
 
     def tokens(self, output: SchedulerOutput) -> list[list[list[int]]]:
         """Wait for a step; those before it that nobody asked for are let go."""
@@ -102,7 +108,3 @@ class ModelDevice:
             if request.status is Status.FINISHED:
                 self._slot_rows.remove(request)
         self._requests = [r for r in self._requests if r.status is not Status.FINISHED]
-
-
-def _moves(moves: list[Any]) -> list[tuple[int, int, list[list[int]]]]:
-    return [(move.replica, move.handle, move.blocks) for move in moves]

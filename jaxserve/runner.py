@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,15 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.batch import FLOAT_FIELDS, Batch, BatchLayout, Features, StepOutput
+from jaxserve.batch import Batch, BatchLayout, Features, StepOutput
 from jaxserve.config import SWAP_CHUNK
-from jaxserve.device_state import KV_AXES, SLOT_AXES, DeviceState, abstract_state, allocate
+from jaxserve.device_state import DeviceState, StateSizes, abstract_state, allocate
 from jaxserve.host_blocks import SwappedBlocks
 from jaxserve.models.config import DecoderConfig
 from jaxserve.models.decoder import Decoder
-from jaxserve.sampler import SamplerState, SamplingRows, Wanted, count_tokens, sample
-from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Shape
+from jaxserve.sampler import SamplerState
+from jaxserve.step import Step
+from pallas_kernels.paged_attention import PagedAttention
 from sharding import ShardingRules
 
 Q_AXES = ("replica", None, "kv_heads", None, None)
@@ -90,7 +90,8 @@ class RunnerConfig:
 
 
 class PendingStep(NamedTuple):
-    """A step that was started: tokens [dp, num_steps, S], hidden states [dp, T, D] (None if it is several in one)."""
+    """A step that was started: tokens [dp, num_steps, S]; hidden states [dp, T, D], or [pp, dp, T, D] of which row 0
+    counts, or None if it is several steps in one."""
 
     tokens: Array
     hidden: Array | None
@@ -102,6 +103,12 @@ class PendingStep(NamedTuple):
     def output(self) -> StepOutput:
         """Wait for the tokens."""
         return StepOutput(np.asarray(self.tokens))
+
+    def states(self) -> np.ndarray:
+        """Wait for the hidden states [dp, T, D]."""
+        assert self.hidden is not None, "several steps in one keep no hidden states"
+        states = np.asarray(self.hidden)
+        return states[0] if states.ndim == 4 else states
 
 
 class ModelRunner:
@@ -117,11 +124,14 @@ class ModelRunner:
         rules: ShardingRules,
     ) -> None:
         """``model``: graph definition and parameters of a Decoder, as ``nnx.split`` gives them."""
-        self.graph, state = model
+        graph, state = model
         # A plain list: flattening nnx variables costs a millisecond a step.
-        self.params, self._tree = jax.tree.flatten(state)
+        self.params, tree = jax.tree.flatten(state)
         self.decoder, self.attention, self.config = decoder, attention, config
         self.mesh, self.rules = mesh, rules
+        self.traced = Step(
+            graph, tree, decoder, attention, mesh, rules, config.block_size, config.windows, config.layer_groups
+        )
         self.num_blocks: tuple[int, ...] = ()
         """KV blocks of each group of layers."""
         self.state: DeviceState | None = None
@@ -151,26 +161,34 @@ class ModelRunner:
         """``num_blocks``: of each group of layers."""
         c = self.config
         of_layers = [num_blocks[group] for group in c.layer_groups]
-        return abstract_state(
-            self.decoder, self.attention, c.kv_dtype, of_layers, c.block_size, c.max_num_seqs, self.mesh, self.rules
-        )
+        rows = None if self.decoder.num_stages == 1 else (max(c.token_buckets), self.params[0].dtype)
+        sizes = StateSizes(of_layers, c.block_size, c.max_num_seqs, rows)
+        return abstract_state(self.decoder, self.attention, c.kv_dtype, sizes, self.mesh, self.rules)
 
     def step_program(self, layout: BatchLayout, num_blocks: tuple[int, ...]) -> Any:
         """The compiled step for ``layout`` and caches of ``num_blocks`` (of each group of layers)."""
         key = ("step", layout, num_blocks)
         if key in self._programs:
             return self._programs[key]
-        dp = self.mesh.shape["dp"]
-        buffer = jax.ShapeDtypeStruct((dp, layout.num_words), jnp.int32, sharding=self._per_replica)
+        buffer = jax.ShapeDtypeStruct((self.mesh.shape["dp"], layout.num_words), jnp.int32, sharding=self._per_replica)
         wanted = jax.ShapeDtypeStruct((4,), jnp.int32, sharding=self._replicated)
         state = self.abstract_state(num_blocks)
+        stages = self.decoder.num_stages
+        if stages > 1:
+            sharding = NamedSharding(self.mesh, self.rules.spec(("stage", "replica", None)))
+            staged = jax.ShapeDtypeStruct((stages, *buffer.shape), jnp.int32, sharding=sharding)
+            kind, traced, batches = "tick", self.traced.tick, (buffer, staged, buffer)
+        else:
+            kind = "decode" if layout.one_token_each else "step"
+            traced = self.traced.several if layout.num_steps > 1 else self.traced.single
+            batches = (buffer,)
         shardings = jax.tree.map(lambda x: x.sharding, state)
 
         def lower() -> Any:
-            step = jax.jit(self._step, static_argnums=4, donate_argnums=1, out_shardings=(None, None, shardings))
-            return step.lower(self.params, state, buffer, wanted, layout)
+            static = 3 + len(batches)
+            step = jax.jit(traced, static_argnums=static, donate_argnums=1, out_shardings=(None, None, shardings))
+            return step.lower(self.params, state, *batches, wanted, layout)
 
-        kind = "decode" if layout.one_token_each else "step"
         times = f", steps={layout.num_steps}" if layout.num_steps > 1 else ""
         name = f"{kind}[tokens={layout.num_tokens}, seqs={layout.num_seqs}{times}]"
         return self.compile(name, key, lower)
@@ -180,10 +198,11 @@ class ModelRunner:
         sharding = NamedSharding(self.mesh, self.rules.spec(("replica", None, None)))
         hidden = jax.ShapeDtypeStruct((dp, rows, d), self.params[0].dtype, sharding=sharding)
         targets = jax.ShapeDtypeStruct((dp, rows), jnp.int32, sharding=self._per_replica)
+        num_top = None if whole else min(TOP_LOGPROBS, self.decoder.vocab_size)
         name = f"score[rows={rows}, {'whole vocabulary' if whole else f'top {TOP_LOGPROBS}'}]"
 
         def lower() -> Any:
-            return jax.jit(self._score, static_argnums=3).lower(self.params, hidden, targets, whole)
+            return jax.jit(self.traced.score, static_argnums=3).lower(self.params, hidden, targets, num_top)
 
         return self.compile(name, ("score", rows, whole), lower)
 
@@ -203,15 +222,14 @@ class ModelRunner:
 
         return self.compile("write_slot", "write_slot", lower)
 
-    def model(self, params: list[Array] | None = None) -> Decoder:
-        """The decoder over ``params``: inside a program its arguments, outside of one (None) the runner's own."""
-        params = self.params if params is None else params
-        return nnx.merge(self.graph, jax.tree.unflatten(self._tree, params))
+    def model(self) -> Decoder:
+        """The decoder over the runner's parameters."""
+        return self.traced.model(self.params)
 
     @property
     def named_params(self) -> dict[str, Array]:
         """Parameters by name, such as ``layers.0.attn.qkv``."""
-        state = nnx.to_flat_state(jax.tree.unflatten(self._tree, self.params))
+        state = nnx.to_flat_state(jax.tree.unflatten(self.traced.tree, self.params))
         return {".".join(map(str, path)): variable.get_value() for path, variable in state}
 
     def warm_up(
@@ -258,8 +276,17 @@ class ModelRunner:
 
     def step(self, batch: Batch) -> PendingStep:
         """Start a step. Its tokens come when they are asked for; the next step may be started before that."""
-        program = self.step_program(batch.layout, self.num_blocks)
-        tokens, hidden, self.state = program(self.params, self.state, batch.buffer, batch.features.as_array())
+        return self._start(batch.layout, [batch.buffer], batch)
+
+    def tick(self, batches: Sequence[Batch]) -> PendingStep:
+        """Start a tick of the pipeline, with the batch of each stage, all of one layout. What is pending are the
+        tokens of the last one."""
+        staged = np.stack([batch.buffer for batch in batches])
+        return self._start(batches[0].layout, [batches[0].buffer, staged, batches[-1].buffer], batches[-1])
+
+    def _start(self, layout: BatchLayout, buffers: list[np.ndarray], sampled: Batch) -> PendingStep:
+        program = self.step_program(layout, self.num_blocks)
+        tokens, hidden, self.state = program(self.params, self.state, *buffers, sampled.features.as_array())
         return PendingStep(tokens, hidden)
 
     def move_blocks(self, outs: Iterable[Move], ins: Iterable[Move], dropped: Iterable[tuple[int, int]]) -> None:
@@ -305,154 +332,6 @@ class ModelRunner:
             at += len(t)
         return Scores(*(np.concatenate(x) for x in zip(*parts, strict=True)))
 
-    # -- traced ----------------------------------------------------------------------------------------------------
-
-    def _step(
-        self, params: list[Array], state: DeviceState, buffer: Array, wanted: Array, layout: BatchLayout
-    ) -> tuple[Array, Array | None, DeviceState]:
-        """Tokens [dp, num_steps, S], hidden states [dp, T, D] (of a single step), the new state."""
-        model = self.model(params)
-        batch = {name: unpack(buffer, layout, name) for name in layout.fields}
-        flags = Wanted(*(wanted[i] != 0 for i in range(4)))
-        if layout.num_steps == 1:
-            tokens, hidden, state = self._forward(model, state, batch, flags, layout)
-            return tokens[:, None], hidden, state
-
-        def one_step(i: Array, carry: tuple[DeviceState, Array]) -> tuple[DeviceState, Array]:
-            tokens, _, state = self._forward(model, carry[0], self._decode_batch(batch, i), flags, layout)
-            return state, carry[1].at[:, i].set(tokens)
-
-        tokens = jnp.zeros((buffer.shape[0], layout.num_steps, layout.num_seqs), jnp.int32)
-        state, tokens = jax.lax.fori_loop(0, jnp.max(batch["samples"]), one_step, (state, tokens))
-        return tokens, None, state
-
-    def _decode_batch(self, batch: dict[str, Array], i: Array) -> dict[str, Array]:
-        """The batch of the i-th of several decode steps. A sequence that has all its tokens goes on reading its first
-        block and writing to the null block."""
-        size = self.config.block_size
-        active = i < batch["samples"]
-        positions = jnp.where(active, batch["positions"] + i, 0)
-        index = jnp.broadcast_to((positions // size)[:, None, :, None], (*batch["slot_mapping"].shape, 1))
-        blocks = jnp.take_along_axis(batch["block_tables"], index, axis=-1)[..., 0]
-        return batch | {
-            "token_ids": jnp.where(i == 0, batch["token_ids"], -1 - batch["slots"]),
-            "positions": positions,
-            "rope_lens": jnp.maximum(batch["rope_lens"], positions + 1),
-            "slot_mapping": jnp.where(active[:, None], blocks * size + (positions % size)[:, None], 0),
-            "kv_lens": jnp.where(active, batch["kv_lens"] + i, 1),
-            "samples": active.astype(jnp.int32),
-        }
-
-    def _forward(
-        self, model: Decoder, state: DeviceState, batch: dict[str, Array], flags: Wanted, layout: BatchLayout
-    ) -> tuple[Array, Array, DeviceState]:
-        """Embed, layers with their KV blocks, logits of every sequence's last token, sampling."""
-        paged = _PagedLayers(self, state, Ragged(**{name: batch[name] for name in Ragged._fields}), layout)
-        token_ids = _known_tokens(batch["token_ids"], state.last_tokens)
-        hidden = model(token_ids, batch["positions"], paged, rope_lens=batch["rope_lens"], constrain=self._constrain)
-        last = jnp.take_along_axis(hidden, batch["logits_indices"][..., None], axis=1)
-        logits = self._constrain(model.unembed(last), ("replica", None, "vocab"))
-        rows = SamplingRows(
-            positions=batch["kv_lens"],
-            **{name: batch[name] for name in SamplingRows._fields if name != "positions"},
-        )
-        tokens = sample(logits, rows, flags, state.sampler)
-        counts = self._count(state.sampler.counts, batch["slots"], tokens, batch["samples"], flags.penalties)
-        last_tokens = _keep_last(state.last_tokens, batch["slots"], tokens, batch["samples"])
-        sampler = SamplerState(state.sampler.bias, counts)
-        return tokens, hidden, DeviceState(paged.keys, paged.values, last_tokens, sampler)
-
-    def _constrain(self, x: Array, axes: tuple[str | None, ...]) -> Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.rules.spec(axes)))
-
-    def _count(self, counts: Array, slots: Array, tokens: Array, samples: Array, penalties: Array) -> Array:
-        def one_device(counts: Array, slots: Array, tokens: Array, samples: Array, penalties: Array) -> Array:
-            vocab_axis = self.rules.vocab
-            shard = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis)
-            local = jnp.where(samples[0] != 0, tokens[0] - shard * counts.shape[-1], -1)
-            num_rows = jnp.where(penalties, tokens.shape[1], 0)
-            return count_tokens(counts[0], slots[0], local, num_rows)[None]
-
-        table, row = self.rules.spec(SLOT_AXES), self.rules.spec(("replica", None))
-        specs = (table, row, row, row, PartitionSpec())
-        return jax.shard_map(one_device, mesh=self.mesh, in_specs=specs, out_specs=table, check_vma=False)(
-            counts, slots, tokens, samples, penalties
-        )
-
-    def _score(self, params: list[Array], hidden: Array, targets: Array, whole: bool) -> tuple[Array, ...]:
-        model = self.model(params)
-        logprobs = jax.nn.log_softmax(model.unembed(hidden), axis=-1)
-        if whole:
-            return (logprobs,)
-        target = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)
-        rank = jnp.sum((logprobs > target).astype(jnp.int32), axis=-1) + 1
-        top = jax.lax.top_k(logprobs, min(TOP_LOGPROBS, self.decoder.vocab_size))
-        return target[..., 0], rank, *top
-
-
-class _PagedLayers:
-    """The ``attend`` of one step: writes each layer's K and V to its blocks and attends through the tables.
-
-    The partitioner cannot see into a kernel, so each call is a ``shard_map`` in which every axis is manual. The
-    call of a layer is jitted, so that layers of the same kind are traced once.
-    """
-
-    def __init__(self, runner: ModelRunner, state: DeviceState, ragged: Ragged, layout: BatchLayout) -> None:
-        self.runner, self.ragged, self.layout = runner, ragged, layout
-        self.keys, self.values = list(state.keys), list(state.values)
-        self._plans: dict[int, Any] = {}
-        self._attend = jax.jit(self._write_and_attend, static_argnums=(7, 8))
-
-    def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        decoder, config = self.runner.decoder, self.runner.config
-        group = config.layer_groups[layer]
-        shape = Shape(config.block_size, config.windows[group], self.layout.one_token_each)
-        scoring = Scoring(decoder.scale * decoder.layers[layer].scale, decoder.attention_softcap)
-        if group not in self._plans:
-            self._plans[group] = self._plan(group, shape)
-        slots = self.ragged.slot_mapping[:, group]
-        out, self.keys[layer], self.values[layer] = self._attend(
-            q, k, v, self.keys[layer], self.values[layer], slots, self._plans[group], shape, scoring
-        )
-        return out
-
-    def _plan(self, group: int, shape: Shape) -> Any:
-        def one_device(ragged: Ragged) -> Any:
-            plan = self.runner.attention.plan(Ragged(*(x[0] for x in ragged)), self.layout.num_tokens, shape)
-            return jax.tree.map(lambda x: x[None], plan)
-
-        ragged, per_replica = self.ragged, self.runner.rules.spec(("replica",))
-        of_group = ragged._replace(
-            slot_mapping=ragged.slot_mapping[:, group], block_tables=ragged.block_tables[:, group]
-        )
-        return self._on_each_device(one_device, per_replica, per_replica)(of_group)
-
-    def _write_and_attend(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        keys: Array,
-        values: Array,
-        slots: Array,
-        plan: Any,
-        shape: Shape,
-        scoring: Scoring,
-    ) -> tuple[Array, Array, Array]:
-        attention, spec = self.runner.attention, self.runner.rules.spec
-
-        def one_device(*args: Any) -> tuple[Array, ...]:
-            q, k, v, keys, values, slots, plan = jax.tree.map(lambda x: x[0], args)
-            keys, values = attention.write(keys, values, k, v, slots)
-            return tuple(x[None] for x in (attention.attend(q, keys, values, plan, shape, scoring), keys, values))
-
-        kv, heads, replica = spec(KV_AXES), spec(HEAD_AXES), spec(("replica",))
-        specs = (spec(Q_AXES), heads, heads, kv, kv, replica, replica)
-        return self._on_each_device(one_device, specs, (spec(Q_AXES), kv, kv))(q, k, v, keys, values, slots, plan)
-
-    def _on_each_device(self, f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        return jax.shard_map(f, mesh=self.runner.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
 
 def _seconds(action: Callable[[], None]) -> float:
     """The quicker of two runs, after one that is not counted."""
@@ -463,28 +342,6 @@ def _seconds(action: Callable[[], None]) -> float:
         action()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def unpack(buffer: Array, layout: BatchLayout, name: str) -> Array:
-    """One array of a batch, cut out of the transferred buffer."""
-    start, shape = layout.fields[name]
-    words = buffer[:, start : start + math.prod(shape)].reshape(buffer.shape[0], *shape)
-    return jax.lax.bitcast_convert_type(words, jnp.float32) if name in FLOAT_FIELDS else words
-
-
-def _known_tokens(token_ids: Array, last_tokens: Array) -> Array:
-    """token_ids [dp, T] with -1 - slot replaced by what was sampled last in that slot."""
-    sampled = jnp.take_along_axis(last_tokens, jnp.maximum(-1 - token_ids, 0), axis=1)
-    return jnp.where(token_ids < 0, sampled, token_ids)
-
-
-def _keep_last(last_tokens: Array, slots: Array, tokens: Array, samples: Array) -> Array:
-    """last_tokens [dp, slots] with the tokens [dp, S] of the rows that sample."""
-
-    def one_replica(last: Array, slots: Array, tokens: Array, samples: Array) -> Array:
-        return last.at[jnp.where(samples > 0, slots, last.shape[0])].set(tokens, mode="drop")
-
-    return jax.vmap(one_replica)(last_tokens, slots, tokens, samples)
 
 
 def _write_slot(state: SamplerState, at: Array, bias: Array, counts: Array) -> SamplerState:

@@ -42,8 +42,7 @@ def add_logprobs(
     wanted = [w for i, rows in enumerate(schedule.replicas) for w in _wanted(i, rows, tokens[i], owners)]
     if not wanted:
         return
-    assert pending.hidden is not None, "several steps in one have no log-probabilities"
-    states = np.asarray(pending.hidden)
+    states = pending.states()
     rows = np.stack([states[w.replica, w.row] for w in wanted])
     targets = np.array([w.target for w in wanted])
     num_top = -1 if any(w.num_top < 0 for w in wanted) else max(w.num_top for w in wanted)

@@ -6,11 +6,10 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 MESH_AXES = ("dp", "pp", "cp", "tp")
 """Outermost first: tp varies fastest, so its collectives stay between neighbouring devices."""
@@ -94,6 +93,10 @@ def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh
 
     All axes are ``Auto``: programs carry PartitionSpecs and XLA inserts the collectives.
     """
+    import jax  # late: sizes of meshes are planned without it
+    import numpy as np
+    from jax.sharding import AxisType, Mesh
+
     available = list(jax.devices() if devices is None else devices)
     if config.num_devices > len(available):
         raise ValueError(

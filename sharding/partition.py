@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 from jax.sharding import Mesh, NamedSharding
 
-from sharding.rules import ShardingRules
+from sharding.rules import ShardingRules, mesh_axes
 
 
 def shard_shape(
@@ -17,7 +18,7 @@ def shard_shape(
         raise ValueError(f"{name}: shape {tuple(shape)} has {len(shape)} axes, its annotation {tuple(axes)}")
     out = []
     for size, logical, mesh_axis in zip(shape, axes, rules.spec(axes), strict=True):
-        parts = 1 if mesh_axis is None else mesh.shape[mesh_axis]
+        parts = prod(mesh.shape[name] for name in mesh_axes(mesh_axis))
         if size % parts:
             divisors = [d for d in range(1, size + 1) if size % d == 0][:8]
             raise ValueError(

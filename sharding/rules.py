@@ -17,9 +17,14 @@ class ShardingRules:
     """
 
     replica: str | None = "dp"
-    vocab: str | None = "tp"
+    stage: str | None = "pp"
+    vocab: str | tuple[str, ...] | None = ("pp", "tp")
     embed: str | None = None
     kv_heads: str | None = "tp"
+    q_group: str | None = None
+    """The query heads of one KV head."""
+    qkv_group: str | None = None
+    """The query heads of one KV head, then its K and its V."""
     mlp: str | None = "tp"
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
@@ -29,7 +34,12 @@ class ShardingRules:
             if axis is not None and axis not in known:
                 raise ValueError(f"unknown logical axis {axis!r}; known: {', '.join(sorted(known))}")
         entries = [None if axis is None else getattr(self, axis) for axis in axes]
-        used = [entry for entry in entries if entry is not None]
+        used = [name for entry in entries if entry is not None for name in mesh_axes(entry)]
         if len(used) != len(set(used)):
             raise ValueError(f"logical axes {tuple(axes)} would use one mesh axis twice: {tuple(entries)}")
         return PartitionSpec(*entries)
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that an entry of a rule or of a PartitionSpec names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -14,7 +14,8 @@ from jaxserve.batch import FLOAT_FIELDS, Batch, BatchBuilder, BatchLayout, Featu
 from jaxserve.config import SchedulerConfig
 from jaxserve.outputs import RequestMetrics
 from jaxserve.request import Request
-from jaxserve.runner import RunnerConfig, unpack
+from jaxserve.runner import RunnerConfig
+from jaxserve.step import unpack
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduled, SchedulerOutput
 

@@ -197,10 +197,10 @@ def test_by_the_reference_kernel(make_llm: MakeLLM, odd_model: Path, alone: list
     assert_same(answers(llm), alone)
 
 
-@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (4, 1), (1, 2), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (4, 1), (1, 2), (2, 2), (4, 2), (3, 1), (5, 1), (8, 1)])
 def test_on_any_mesh(make_llm: MakeLLM, odd_model: Path, alone: list[RequestOutput], tp: int, dp: int) -> None:
-    """103 tokens of vocabulary are padded, and the two KV heads repeated for four ranks; few blocks, so that some
-    replica preempts."""
+    """103 tokens of vocabulary are padded; the two KV heads are copied for four or eight ranks, filled up with a third
+    for three, and both for five; few blocks, so that some replica preempts."""
     llm = make_llm(odd_model, tensor_parallel_size=tp, data_parallel_size=dp, num_gpu_blocks_override=21)
     assert dict(llm.engine.runner.mesh.shape) == {"dp": dp, "pp": 1, "cp": 1, "tp": tp}
     assert len(llm.engine.scheduler.replicas) == dp

@@ -132,7 +132,7 @@ def test_unsupported_arguments_are_refused_by_name(tiny_model: Path, name: str) 
         ({"attention_backend": "flash"}, ["flash", "reference", "cpu"]),
         ({"kv_cache_memory_bytes": 1000}, ["kv_cache_memory_bytes", "1,000"]),
         ({"num_gpu_blocks_override": 1}, ["num_gpu_blocks_override"]),
-        ({"max_model_len": 8, "mesh": "tp=3"}, ["3", "8 query heads", "2 KV heads"]),
+        ({"max_model_len": 8, "mesh": "tp=9"}, ["9", "8 query heads", "2 KV heads"]),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxserve import LLM, SamplingParams
@@ -31,8 +34,9 @@ def files_of(directory: Path, **overrides: object) -> ModelFiles:
 
 def from_safetensors(directory: Path, decoder: DecoderConfig, mesh: jax.sharding.Mesh, dtype: str = "float32"):
     family = family_of(files_of(directory).hf.architectures)
-    weights = family.weights(decoder, Checkpoint(directory, getattr(family, "PREFIXES", ("model.",))))
-    return load_params(decoder, jnp.dtype(dtype), weights, mesh, RULES)
+    stored = files_of(directory).decoder
+    weights = family.weights(stored, Checkpoint(directory, getattr(family, "PREFIXES", ("model.",))))
+    return load_params(stored, decoder, jnp.dtype(dtype), weights, mesh, RULES)
 
 
 def leaves(params: object) -> list[jax.Array]:
@@ -54,7 +58,7 @@ def convert(directory: Path, destination: Path, dtype: str = "float32") -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "olmo2", "qwen2", "gpt2", "opt"])
-@pytest.mark.parametrize("mesh", ["tp=1", "tp=2", "dp=2"])
+@pytest.mark.parametrize("mesh", ["tp=1", "tp=2", "dp=2", "tp=3", "tp=4"])
 def test_every_family_comes_back_on_every_mesh(name: str, mesh: str, tmp_path: Path) -> None:
     directory = FIXTURES / name
     convert(directory, tmp_path)
@@ -69,7 +73,7 @@ def test_every_family_comes_back_on_every_mesh(name: str, mesh: str, tmp_path: P
 
 
 @pytest.mark.parametrize("saved_on", ["tp=1", "tp=2", "dp=2"])
-@pytest.mark.parametrize("mesh", ["tp=4", "dp=2,tp=4", "tp=2"])
+@pytest.mark.parametrize("mesh", ["tp=4", "dp=2,tp=4", "tp=2", "tp=3", "tp=5", "tp=6", "tp=8"])
 def test_fewer_kv_heads_than_ranks_and_an_odd_vocabulary(
     saved_on: str, mesh: str, odd_model: Path, tmp_path: Path
 ) -> None:
@@ -77,11 +81,10 @@ def test_fewer_kv_heads_than_ranks_and_an_odd_vocabulary(
     source = build_mesh(MeshConfig.parse(saved_on))
     rules = replace(RULES, vocab=None)  # an odd vocabulary without padding stays whole
     weights = family_of(["LlamaForCausalLM"]).weights(stored, Checkpoint(odd_model))
-    _, params = load_params(stored, jnp.dtype("float32"), weights, source, rules)
+    _, params = load_params(stored, stored, jnp.dtype("float32"), weights, source, rules)
     save(tmp_path, odd_model, params)
     target = build_mesh(MeshConfig.parse(mesh))
     decoder = stored.fit_to(target.shape["tp"])
-    assert decoder.vocab_padding
     _, restored = restore(tmp_path, stored, decoder, jnp.dtype("float32"), target, RULES)
     assert_same(restored, from_safetensors(odd_model, decoder, target)[1])
 
@@ -90,7 +93,7 @@ def test_fewer_kv_heads_than_ranks_and_an_odd_vocabulary(
 def test_norms_and_biases_of_repeated_heads(qk_norm: str, bias: bool, odd_model: Path, tmp_path: Path) -> None:
     stored = files_of(odd_model).decoder
     stored = replace(stored, layers=stored.layers[:1], qk_norm=qk_norm, qkv_bias=bias, out_bias=bias)
-    _, params = random_params(stored, jnp.dtype("float32"), build_mesh(MeshConfig()), RULES, seed=5)
+    _, params = random_params(stored, stored, jnp.dtype("float32"), build_mesh(MeshConfig()), RULES, seed=5)
     save(tmp_path, odd_model, params)
     decoder = stored.fit_to(4)
     _, restored = restore(tmp_path, stored, decoder, jnp.dtype("float32"), build_mesh(MeshConfig(tp=4)), RULES)
@@ -117,6 +120,37 @@ def test_a_device_holds_only_its_shard(odd_model: Path, tmp_path: Path) -> None:
     assert {s.data.shape for s in qkv.addressable_shards} == {(64, 1, 4, 8)}
 
 
+@pytest.mark.parametrize(("tp", "heads_read"), [(1, 2), (2, 1), (3, 1), (4, 1), (5, 2), (8, 1)])
+def test_a_device_reads_only_its_heads(
+    tp: int, heads_read: int, odd_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two KV heads; five ranks have them copied and filled up at once, which is done after reading."""
+    convert(odd_model, tmp_path)
+    asked: set[tuple[int, ...]] = set()
+    args = ocp.ArrayRestoreArgs
+
+    def record(sharding: jax.sharding.NamedSharding, global_shape: tuple[int, ...], **options: Any) -> Any:
+        asked.add(sharding.shard_shape(global_shape))
+        return args(sharding=sharding, global_shape=global_shape, **options)
+
+    monkeypatch.setattr(ocp, "ArrayRestoreArgs", record)
+    stored = files_of(tmp_path).decoder
+    mesh = build_mesh(MeshConfig(tp=tp))
+    restore(tmp_path, stored, stored.fit_to(tp), jnp.dtype("float32"), mesh, RULES)
+    assert {shape for shape in asked if len(shape) == 4} == {(64, heads_read, 6, 8), (heads_read, 4, 8, 64)}
+
+
+@pytest.mark.parametrize("tp", [3, 4, 5, 8])
+def test_every_device_holds_the_same(tp: int, odd_model: Path, tmp_path: Path) -> None:
+    convert(odd_model, tmp_path)
+    stored, mesh = files_of(tmp_path).decoder, build_mesh(MeshConfig(tp=tp))
+    _, params = restore(tmp_path, stored, stored.fit_to(tp), jnp.dtype("float32"), mesh, RULES)
+    held = Counter[int]()
+    for shard in (s for x in leaves(params) for s in x.addressable_shards):
+        held[shard.device.id] += shard.data.nbytes
+    assert len(held) == tp and len(set(held.values())) == 1
+
+
 def test_the_dtype_is_the_checkpoints_unless_another_is_asked_for(tmp_path: Path) -> None:
     convert(FIXTURES / "llama", tmp_path, dtype="bfloat16")
     files = files_of(tmp_path)
@@ -134,9 +168,9 @@ def test_tokens_are_those_of_the_checkpoint_it_came_from(
     prompts = [[5, 6, 7, 8, 9], [40, 3]]
     answers = [
         [o.outputs[0].token_ids for o in make_llm(model, **mesh).generate(prompts, params, use_tqdm=False)]
-        for model, mesh in ((odd_model, {}), (tmp_path, {"mesh": "dp=2,tp=4"}))
+        for model, mesh in ((odd_model, {}), (tmp_path, {"mesh": "dp=2,tp=4"}), (tmp_path, {"mesh": "tp=3"}))
     ]
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] == answers[2]
 
 
 def test_a_directory_without_params_is_refused() -> None:

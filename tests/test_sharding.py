@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import pytest
 from jax.sharding import Mesh, PartitionSpec
+from tiny_models import write_llama
 
 from jaxserve import LLM
-from jaxserve.models.config import DecoderConfig, LayerConfig
 from sharding import MESH_AXES, MeshConfig, ShardingRules, build_mesh, shard_shape, shardings_for
 
 MakeLLM = Callable[..., LLM]
@@ -110,32 +110,28 @@ def test_shard_shapes(mesh: Mesh) -> None:
         shard_shape("w", (6, 8), ("embed",), mesh, rules)
 
 
-def test_a_model_that_tp_does_not_divide_is_refused() -> None:
-    def decoder(heads: int, kv_heads: int, ffn: int) -> DecoderConfig:
-        return DecoderConfig(101, 64, ffn, heads, kv_heads, 8, (LayerConfig(),), 64)
-
-    fitted = decoder(12, 2, 48).fit_to(4)
-    assert (fitted.num_kv_heads, fitted.group_size, fitted.vocab_padding) == (4, 3, 3)
-    assert decoder(12, 4, 48).fit_to(2).num_kv_heads == 4
-    for config, tp, fits in ((decoder(12, 2, 48), 3, "1, 2, 4, 6, 12"), (decoder(8, 8, 36), 8, "1, 2, 4")):
-        with pytest.raises(ValueError) as error:
-            config.fit_to(tp)
-        assert f"tensor_parallel_size={tp} " in str(error.value)
-        for number in (config.num_heads, config.num_kv_heads, config.intermediate_size):
-            assert f" {number}" in str(error.value)
-        assert str(error.value).endswith(f"fit: {fits}")
-
-
 # -- what the compiled programs do -------------------------------------------------------------------------------------
 
-MESHES = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
+MESHES = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (3, 2)]
+SIX_HEADS_MESHES = [(4, 1), (5, 1)]
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute", "collective-broadcast")
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=lambda m: f"tp={m[0]},dp={m[1]}")
-def llm(request: pytest.FixtureRequest, make_llm: MakeLLM, odd_model: Path) -> LLM:
-    tp, dp = request.param
-    return make_llm(odd_model, tensor_parallel_size=tp, data_parallel_size=dp, num_gpu_blocks_override=21)
+@pytest.fixture(scope="module")
+def six_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three query heads to each of two KV heads, and feed-forward columns that nothing divides."""
+    sizes = {"hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 97}
+    return write_llama(tmp_path_factory.mktemp("six"), **sizes)
+
+
+CASES = [*(("odd_model", *mesh) for mesh in MESHES), *(("six_heads", *mesh) for mesh in SIX_HEADS_MESHES)]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{c[0]},tp={c[1]},dp={c[2]}")
+def llm(request: pytest.FixtureRequest, make_llm: MakeLLM) -> LLM:
+    model, tp, dp = request.param
+    directory = request.getfixturevalue(model)
+    return make_llm(directory, tensor_parallel_size=tp, data_parallel_size=dp, num_gpu_blocks_override=21)
 
 
 def tp_of(llm: LLM) -> int:

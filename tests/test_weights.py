@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
-from tiny_models import LLAMA, SMALL, llama_tensors, write_llama
+from tiny_models import LLAMA, SMALL, Counting, InMemory, llama_tensors, write_llama
 
 from jaxserve import LLM
 from jaxserve.models import hf, llama
@@ -28,30 +28,7 @@ from jaxserve.weights.loader import load_params
 from jaxserve.weights.source import Box, Source, concat, stack
 from sharding import MeshConfig, ShardingRules, build_mesh
 
-
-class InMemory(Source):
-    """An array as a source."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array, self.shape = array, array.shape
-
-    def read(self, box: Box) -> np.ndarray:
-        return self.array[box]
-
-
 # -- sources -----------------------------------------------------------------------------------------------------------
-
-
-class Counting(Source):
-    """Counts the entries that are read."""
-
-    def __init__(self, base: Source) -> None:
-        self.base, self.shape, self.num_read = base, base.shape, 0
-
-    def read(self, box: Box) -> np.ndarray:
-        values = self.base.read(box)
-        self.num_read += values.size
-        return values
 
 
 Pair = tuple[Source, np.ndarray]
@@ -307,11 +284,11 @@ def test_the_same_weights_on_any_mesh(tmp_path: Path, tp: int) -> None:
     """Repeated KV heads and vocabulary padding included."""
     write_llama(tmp_path)
     tensors = llama_tensors(LLAMA)
-    config = decoder_config(load_config()).fit_to(tp)
+    stored = decoder_config(load_config())
+    config = stored.fit_to(tp)
     mesh = build_mesh(MeshConfig(tp=tp, dp=2))
-    _, params = load_params(
-        config, jnp.dtype(jnp.float32), llama.weights(config, Checkpoint(tmp_path)), mesh, ShardingRules()
-    )
+    weights = llama.weights(stored, Checkpoint(tmp_path))
+    _, params = load_params(stored, config, jnp.dtype(jnp.float32), weights, mesh, ShardingRules())
     unembedding = np.asarray(value(params, "unembedding", "weight"))
     assert unembedding.shape == (64, 103 + config.vocab_padding)
     np.testing.assert_array_equal(unembedding[:, :103].T, tensors["lm_head.weight"])
@@ -333,7 +310,7 @@ def test_weights_are_converted_to_the_asked_dtype(tmp_path: Path, stored: Any) -
     config, mesh = decoder_config(load_config()), build_mesh(MeshConfig())
     for dtype in (jnp.float32, jnp.bfloat16):
         weights = llama.weights(config, Checkpoint(tmp_path))
-        _, params = load_params(config, jnp.dtype(dtype), weights, mesh, ShardingRules())
+        _, params = load_params(config, config, jnp.dtype(dtype), weights, mesh, ShardingRules())
         embedding = value(params, "embedding", "weight")
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
         np.testing.assert_array_equal(np.asarray(embedding), tensors["model.embed_tokens.weight"].astype(dtype))
@@ -344,7 +321,7 @@ import sys
 from pathlib import Path
 import jax
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", 3)
 import jaxserve.weights.orbax  # its imports are no weights
 from jaxserve.build import ModelFiles, load_model
 from jaxserve.engine_args import EngineArgs
@@ -368,7 +345,7 @@ print(memory("VmHWM") - before, sum(x.nbytes for x in jax.tree.leaves(params)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [1, 2, 3])
 def test_loading_holds_the_weights_once(tmp_path: Path, tp: int) -> None:
     """At its peak a loading process has what stays, and a few tensors more; not the checkpoint a second time."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "head_dim": 64, "vocab_size": 1024}

@@ -16,6 +16,7 @@ from jaxserve import LLM, RequestOutput, SamplingParams
 from jaxserve.layers.attention import dense_causal_attention
 from jaxserve.outputs import CompletionOutput
 from jaxserve.tokenizer import bad_word_token_sequences
+from jaxserve.weights.source import Box, Source
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -105,6 +106,28 @@ def llama_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray
             f"{layer}post_attention_layernorm.weight": np.ones(d, np.float32),
         }
     return tensors
+
+
+class InMemory(Source):
+    """An array as a source."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape = array, array.shape
+
+    def read(self, box: Box) -> np.ndarray:
+        return self.array[box]
+
+
+class Counting(Source):
+    """Counts the entries that are read."""
+
+    def __init__(self, base: Source) -> None:
+        self.base, self.shape, self.num_read = base, base.shape, 0
+
+    def read(self, box: Box) -> np.ndarray:
+        values = self.base.read(box)
+        self.num_read += values.size
+        return values
 
 
 class Oracle:

@@ -17,6 +17,7 @@ from jaxserve.cli.command import add_command, examples
 from jaxserve.cli.convert import convert
 from jaxserve.cli.generate import generate
 from jaxserve.cli.info import info
+from jaxserve.cli.plan import plan
 
 app = typer.Typer(
     name="jaxserve",
@@ -32,6 +33,7 @@ add_command(app, generate)
 add_command(app, chat)
 add_command(app, convert)
 add_command(app, info)
+add_command(app, plan)
 add_command(bench, throughput)
 add_command(bench, latency)
 app.add_typer(bench, name="bench")

@@ -54,13 +54,13 @@ class _Plan:
     def of(cls, flags: ModelFlags) -> _Plan:
         import jax
 
-        from jaxserve.build import ModelFiles, open_mesh, resolve_dtype, resolve_kv_dtype, resolve_mesh
+        from jaxserve.build import ModelFiles, fit, open_mesh, resolve_dtype, resolve_kv_dtype, resolve_mesh
         from sharding import MeshConfig
 
         args = flags.engine_args()
         mesh_config = resolve_mesh(args)
         files = ModelFiles.find(args)
-        decoder = files.decoder.fit_to(mesh_config.tp)
+        decoder = fit(files.decoder, mesh_config)
         _simulate(mesh_config.num_devices)
         open_mesh(MeshConfig())
         dtype = resolve_dtype(args.dtype, files.hf)
@@ -68,11 +68,8 @@ class _Plan:
         return cls(files, mesh_config, decoder, dtype, kv_dtype)
 
     def model(self) -> dict[str, Any]:
-        from jaxserve.weights.loader import abstract_params
-
         config = self.files.decoder
-        shapes = [p.get_value().shape for p in abstract_params(config, self.dtype)[1].values()]
-        parameters = sum(map(prod, shapes))
+        parameters = self._parameters(config)
         return {
             "directory": str(self.files.directory),
             "architecture": (self.files.hf.architectures or ["?"])[0],
@@ -123,14 +120,31 @@ class _Plan:
             "num_devices": self.mesh_config.num_devices,
             "devices": devices,
             "balanced": len({d["weight_bytes"] for d in devices}) == 1,
-            "kv_head_copies": self.decoder.num_kv_heads // self.files.decoder.num_kv_heads,
-            "vocab_padding": self.decoder.vocab_padding,
+            **self._fit(),
         }
+
+    def _fit(self) -> dict[str, Any]:
+        """What was copied and filled up so that the model divides, and what that adds to its weights and KV cache."""
+        stored, fitted = self.files.decoder, self.decoder
+        return {
+            "kv_head_copies": fitted.kv_copies,
+            "kv_head_padding": fitted.kv_head_padding,
+            "head_padding": fitted.head_padding,
+            "intermediate_padding": fitted.intermediate_size - stored.intermediate_size,
+            "vocab_padding": fitted.vocab_padding,
+            "added_weight_percent": round(100 * (self._parameters(fitted) / self._parameters(stored) - 1), 2),
+            "added_kv_percent": round(100 * (fitted.num_kv_heads / stored.num_kv_heads - 1), 2),
+        }
+
+    def _parameters(self, config: DecoderConfig) -> int:
+        from jaxserve.weights.loader import abstract_params
+
+        return sum(p.get_value().size for p in abstract_params(config, self.dtype)[1].values())
 
     def _kv_bytes(self, config: DecoderConfig, tp: int) -> int:
         from jaxserve.device_state import kv_bytes_per_block
 
-        return kv_bytes_per_block(config, config.num_layers, 1, self.kv_dtype.itemsize, tp)
+        return kv_bytes_per_block(config, config.layers_per_stage, 1, self.kv_dtype.itemsize, tp)
 
 
 def _simulate(count: int) -> None:
@@ -198,13 +212,13 @@ def _print_model(model: dict[str, Any]) -> None:
 
 def _print_mesh(mesh: dict[str, Any]) -> None:
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh["axes"].items() if size > 1) or "one device"
-    notes = []
-    if mesh["kv_head_copies"] > 1:
-        notes.append(f"each KV head is held {mesh['kv_head_copies']} times")
-    if mesh["vocab_padding"]:
-        notes.append(f"the vocabulary is padded by {mesh['vocab_padding']}")
-    even = "every device holds the same" if mesh["balanced"] else "NOT every device holds the same"
-    print_pairs(f"mesh {axes}", {"balance": "; ".join([even, *notes])} if mesh["num_devices"] > 1 else {})
+    pairs = {}
+    if mesh["num_devices"] > 1:
+        pairs["balance"] = f"{'every' if mesh['balanced'] else 'NOT every'} device holds the same"
+    if notes := _fit_notes(mesh):
+        weights, kv = mesh["added_weight_percent"], mesh["added_kv_percent"]
+        pairs["fit"] = f"{', '.join(notes)}: {weights:.1f} % more weight memory, {kv:.0f} % more KV cache"
+    print_pairs(f"mesh {axes}", pairs)
     names = [axis for axis, size in mesh["axes"].items() if size > 1]
     rows = [
         [
@@ -216,3 +230,15 @@ def _print_mesh(mesh: dict[str, Any]) -> None:
         for d in mesh["devices"]
     ]
     print_table(["device", *names, "weights", "KV per token"], rows)
+
+
+def _fit_notes(mesh: dict[str, Any]) -> list[str]:
+    names = {
+        "head_padding": "query heads",
+        "kv_head_padding": "KV heads",
+        "intermediate_padding": "feed-forward",
+        "vocab_padding": "vocabulary",
+    }
+    copies = mesh["kv_head_copies"]
+    copied = [f"each KV head held {copies} times"] if copies > 1 else []
+    return copied + [f"{name} +{mesh[key]}" for key, name in names.items() if mesh[key]]

@@ -44,11 +44,12 @@ def _sampling(*names: str, help: str, metavar: str | None = None) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFlags:
-    """Which model, in which precision, on which devices: enough to describe an engine without making it."""
+class CheckpointFlags:
+    """Which model, in which precision."""
 
     model: Annotated[
-        str, _engine("--model", "-m", help='"demo", a checkpoint directory, or a hub name (owner/name).')
+        str,
+        _engine("--model", "-m", help='"demo", a directory, a hub name (owner/name), or a shape (llama-3.1-70b).'),
     ] = "demo"
     revision: Annotated[str | None, _engine("--revision", help="Branch, tag or commit on the hub.")] = None
     hf_overrides: Annotated[
@@ -61,12 +62,6 @@ class ModelFlags:
     kv_cache_dtype: Annotated[
         str, _engine("--kv-cache-dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16.")
     ] = EngineArgs.kv_cache_dtype
-    mesh: Annotated[str | None, _mesh("--mesh", metavar="MESH", help='A TOML mesh file, or "dp=2,tp=4".')] = None
-    tensor_parallel_size: Annotated[
-        int, _mesh("--tensor-parallel-size", "-tp", help="Devices that share each layer.")
-    ] = 1
-    data_parallel_size: Annotated[int, _mesh("--data-parallel-size", "-dp", help="Replicas.")] = 1
-    pipeline_parallel_size: Annotated[int, _mesh("--pipeline-parallel-size", "-pp", help="Stages of layers.")] = 1
 
     def engine_options(self) -> dict[str, Any]:
         """Keyword arguments of ``EngineArgs``."""
@@ -74,6 +69,18 @@ class ModelFlags:
 
     def engine_args(self) -> EngineArgs:
         return EngineArgs(**self.engine_options())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags(CheckpointFlags):
+    """Also on which devices: enough to describe an engine without making it."""
+
+    mesh: Annotated[str | None, _mesh("--mesh", metavar="MESH", help='A TOML mesh file, or "dp=2,tp=4".')] = None
+    tensor_parallel_size: Annotated[
+        int, _mesh("--tensor-parallel-size", "-tp", help="Devices that share each layer.")
+    ] = 1
+    data_parallel_size: Annotated[int, _mesh("--data-parallel-size", "-dp", help="Replicas.")] = 1
+    pipeline_parallel_size: Annotated[int, _mesh("--pipeline-parallel-size", "-pp", help="Stages of layers.")] = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,41 +100,89 @@ class DecoderConfig:
     tied_embeddings: bool = False
     unembed_bias: bool = False
     kv_copies: int = 1
-    """How often each KV head of the checkpoint is repeated, for a mesh with more ranks than heads."""
+    """How often each KV head of the checkpoint is there; its query heads are spread over its copies."""
+    head_padding: int = 0
+    """Of ``num_heads``, how many have only zero weights: those that fill up copies, and those of zero KV heads."""
+    kv_head_padding: int = 0
+    """Of ``num_kv_heads``, how many have only zero weights: the last ones."""
     vocab_padding: int = 0
     """Rows behind the vocabulary that make it divide over a mesh; their logits are -inf."""
+    num_stages: int = 1
+    """Pipeline stages that the layers are cut into (``staged``)."""
     eos_token_ids: tuple[int, ...] = field(default=())
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} KV heads")
 
-    def fit_to(self, tp: int) -> DecoderConfig:
-        """The same model for ``tp`` ranks: fewer KV heads than ranks are repeated, the vocabulary is padded.
+    def fit_to(self, tp: int, vocab_shards: int | None = None) -> DecoderConfig:
+        """This model, as its checkpoint has it, for ``tp`` ranks: KV heads are copied, and heads, feed-forward columns
+        and the vocabulary filled up with zeros until they divide. It computes the same.
 
-        Raises ValueError with the numbers when heads or feed-forward columns do not divide.
+        ``vocab_shards``: ranks that share the vocabulary, if not these. Raises ValueError with the numbers where some
+        rank would have no query head.
         """
-        if not self._fits(tp):
-            sizes = (n for n in range(1, self.num_heads + 1) if self._fits(n))
+        assert (self.kv_copies, self.head_padding, self.vocab_padding) == (1, 0, 0), "fitted already"
+        if tp > self.num_heads:
             raise ValueError(
                 f"tensor_parallel_size={tp} does not fit this model: {self.num_heads} query heads, "
-                f"{self.num_kv_heads} KV heads, feed-forward size {self.intermediate_size}; "
-                f"sizes that fit: {', '.join(map(str, sizes))}"
+                f"{self.num_kv_heads} KV heads; the largest size that fits is {self.num_heads}"
             )
-        kv_heads = max(self.num_kv_heads, tp)
-        copies = self.kv_copies * kv_heads // self.num_kv_heads
-        return replace(self, num_kv_heads=kv_heads, kv_copies=copies, vocab_padding=-self.vocab_size % tp)
-
-    def _fits(self, tp: int) -> bool:
-        kv_divides = self.num_kv_heads % tp == 0 or tp % self.num_kv_heads == 0
-        return self.num_heads % tp == 0 and kv_divides and self.intermediate_size % tp == 0
+        copies, kv_heads, group = fit_heads(self.num_kv_heads, self.group_size, tp)
+        return replace(
+            self,
+            num_heads=kv_heads * group,
+            num_kv_heads=kv_heads,
+            intermediate_size=_up_to_multiple(self.intermediate_size, tp),
+            kv_copies=copies,
+            head_padding=kv_heads * group - self.num_heads,
+            kv_head_padding=kv_heads - self.num_kv_heads * copies,
+            vocab_padding=-self.vocab_size % (vocab_shards or tp),
+        )
 
     def layer_groups(self, max_model_len: int) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
         """How far layers look back, each distance once, the farthest first (None = ``max_model_len`` or more), and
         which of these is each layer's own."""
-        windows = [None if o.window is None or o.window >= max_model_len else o.window for o in self.layers]
+        windows = [None if o.window is None or o.window >= max_model_len else o.window for o in self.stage_layers]
         distinct = sorted(set(windows), key=lambda w: -(w or max_model_len))
         return tuple(distinct), tuple(distinct.index(w) for w in windows)
+
+    def staged(self, num_stages: int) -> DecoderConfig:
+        """The same model cut into stages of layers.
+
+        Every stage runs the same program, so layer i of all stages must be of one kind; raises ValueError where it is
+        not. Where ``num_stages`` does not divide the layers, the later stages have one less, and idle for it.
+        """
+        if num_stages > self.num_layers:
+            raise ValueError(f"pipeline_parallel_size={num_stages}: this model has {self.num_layers} layers")
+        config = replace(self, num_stages=num_stages)
+        if not config._stages_agree():
+            sizes = [n for n in range(1, self.num_layers + 1) if replace(self, num_stages=n)._stages_agree()]
+            raise ValueError(
+                f"pipeline_parallel_size={num_stages} puts layers of different kinds (windows, rotary embeddings, "
+                f"scales) at the same place of different stages; sizes that fit: {', '.join(map(str, sizes))}"
+            )
+        return config
+
+    def _stages_agree(self) -> bool:
+        """Whether the layers at the same place of all stages are of one kind."""
+        places = ([self.layer_at(s, slot) for s in range(self.num_stages)] for slot in range(self.layers_per_stage))
+        return all(len({self.layers[i] for i in layers if i is not None}) == 1 for layers in places)
+
+    @property
+    def layers_per_stage(self) -> int:
+        return -(-self.num_layers // self.num_stages)
+
+    def layer_at(self, stage: int, slot: int) -> int | None:
+        """The layer that is the ``slot``-th of a stage; None where the stage has one less."""
+        each, more = divmod(self.num_layers, self.num_stages)
+        first = stage * each + min(stage, more)
+        return first + slot if slot < each + (stage < more) else None
+
+    @property
+    def stage_layers(self) -> tuple[LayerConfig, ...]:
+        """Of every stage alike."""
+        return self.layers[: self.layers_per_stage]
 
     @property
     def num_layers(self) -> int:
@@ -147,3 +195,21 @@ class DecoderConfig:
     @property
     def scale(self) -> float:
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+
+def fit_heads(kv_heads: int, group: int, tp: int) -> tuple[int, int, int]:
+    """(copies of each KV head, KV heads, query heads per KV head) with which ``kv_heads`` of ``group`` query heads
+    each divide over ``tp`` ranks: the fewest attention weights, then the smallest KV cache, then the fewest copies."""
+
+    def fitted(copies: int) -> tuple[int, int, int]:
+        return copies, _up_to_multiple(kv_heads * copies, tp), -(-group // copies)
+
+    def cost(fit: tuple[int, int, int]) -> tuple[int, int, int]:
+        copies, heads, queries = fit
+        return heads * (2 * queries + 2), heads, copies  # a query head has rows in Q and O, a KV head in K and V
+
+    return min(map(fitted, range(1, group + 1)), key=cost)
+
+
+def _up_to_multiple(size: int, of: int) -> int:
+    return -(-size // of) * of

@@ -56,18 +56,20 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, init: _Init) -> None:
         d, k, g, h = config.hidden_size, config.num_kv_heads, config.group_size, config.head_dim
         self.config = config
-        self.qkv = init.weight((d, k, g + 2, h), ("embed", "kv_heads", None, None), d)
-        self.o = init.weight((k, g, h, d), ("kv_heads", None, None, "embed"), k * g * h)
+        self.qkv = init.weight((d, k, g + 2, h), ("embed", "kv_heads", "qkv_group", None), d)
+        self.o = init.weight((k, g, h, d), ("kv_heads", "q_group", None, "embed"), k * g * h)
         if config.qkv_bias:
-            self.qkv_bias = init.bias((k, g + 2, h), ("kv_heads", None, None))
+            self.qkv_bias = init.bias((k, g + 2, h), ("kv_heads", "qkv_group", None))
         if config.out_bias:
             self.o_bias = init.bias((d,), ("embed",))
         if config.qk_norm == "head":
             self.q_norm = Norm((h,), config.norm, init.dtype)
             self.k_norm = Norm((h,), config.norm, init.dtype)
         elif config.qk_norm == "full":
-            self.q_norm = Norm((k, g, h), config.norm, init.dtype, ("kv_heads", None, None))
-            self.k_norm = Norm((k, h), config.norm, init.dtype, ("kv_heads", None))
+            real_q, real_k = (k * g - config.head_padding) * h, (k - config.kv_head_padding) * h
+            self.q_norm = Norm((k, g, h), config.norm, init.dtype, ("kv_heads", "q_group", None), real_q)
+            # Copies count: all heads have equally many, so the mean is that of the heads.
+            self.k_norm = Norm((k, h), config.norm, init.dtype, ("kv_heads", None), real_k)
 
     def __call__(self, x: Array, layer: int, rope: tuple[Array, Array] | None, attend: Attend) -> Array:
         """x [R, T, D] -> [R, T, D], before the residual is added."""
@@ -194,7 +196,7 @@ class Decoder(nnx.Module):
         if e != d:
             self.project_in = Table(init.weight((e, d), (None, "embed"), e))
             self.project_out = Table(init.weight((d, e), ("embed", None), d))
-        self.layers = nnx.List([Layer(config, init) for _ in config.layers])
+        self.layers = nnx.List([Layer(config, init) for _ in config.stage_layers])
         if config.final_norm:
             self.final_norm = Norm((d,), config.norm, init.dtype)
 
@@ -213,11 +215,29 @@ class Decoder(nnx.Module):
         position + 1). Returns [R, T, D] in the parameters' dtype.
         """
         lengths = positions + 1 if rope_lens is None else rope_lens
-        ropes = [rope_tables(rope, positions, lengths) for rope in self.config.ropes]
         x = constrain(self.embed(token_ids, positions), ("replica", None, "embed"))
-        for i, (layer, options) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+        return self.normalize(self.transform(x, positions, lengths, attend, constrain))
+
+    def transform(
+        self,
+        x: Array,
+        positions: Array,
+        rope_lens: Array,
+        attend: Attend,
+        constrain: Constrain = keep,
+        is_there: Callable[[int], Array] | None = None,
+    ) -> Array:
+        """The layers: x [R, T, D] -> [R, T, D]. ``is_there(i)``: whether layer i does anything, where that depends on
+        the device."""
+        ropes = [rope_tables(rope, positions, rope_lens) for rope in self.config.ropes]
+        for i, (layer, options) in enumerate(zip(self.layers, self.config.stage_layers, strict=True)):
             with jax.named_scope(f"layer_{i}"):
-                x = layer(x, i, None if options.rope is None else ropes[options.rope], attend, constrain)
+                y = layer(x, i, None if options.rope is None else ropes[options.rope], attend, constrain)
+                x = y if is_there is None else jnp.where(is_there(i), y, x)
+        return x
+
+    def normalize(self, x: Array) -> Array:
+        """The final norm: x [..., D]."""
         return self.final_norm(x) if self.config.final_norm else x
 
     def embed(self, token_ids: Array, positions: Array) -> Array:

@@ -111,12 +111,9 @@ def max_position(hf: HFConfig, ropes: tuple[RopeConfig, ...]) -> int:
 
 
 def fuse_qkv(config: DecoderConfig, q: Source, k: Source, v: Source) -> Source:
-    """Weights [out, D] (or biases [out]) of q, k and v -> [D, K, G+2, H] (or [K, G+2, H]).
-
-    ``config`` may have ``kv_copies`` of each of the checkpoint's KV heads.
-    """
+    """Weights [out, D] (or biases [out]) of q, k and v -> [D, K, G+2, H] (or [K, G+2, H])."""
     heads, group, dim = config.num_kv_heads, config.group_size, config.head_dim
-    keys, values = (x.split(0, (heads // config.kv_copies, 1, dim)).repeat(0, config.kv_copies) for x in (k, v))
+    keys, values = (x.split(0, (heads, 1, dim)) for x in (k, v))
     fused = concat([q.split(0, (heads, group, dim)), keys, values], axis=1)
     return fused if len(fused.shape) == 3 else fused.transpose(3, 0, 1, 2)
 
@@ -133,10 +130,9 @@ def fuse_gate_up(gate: Source, up: Source) -> Source:
 
 
 def vocabulary(config: DecoderConfig, embed: Source, unembed: Source | None) -> Weights:
-    """The embedding [V, D] and, if untied, the unembedding, padded to the decoder's vocabulary."""
+    """The embedding [V, D] and the unembedding [D, V], which is all there is if they are tied."""
     if embed.shape[0] != config.vocab_size:
         raise ValueError(f"the embedding has {embed.shape[0]} rows, vocab_size is {config.vocab_size}")
-    rows = config.vocab_size + config.vocab_padding
     if unembed is not None:
-        yield "embedding.weight", embed.pad(0, rows)
-    yield "unembedding.weight", (unembed or embed).pad(0, rows).transpose(1, 0)
+        yield "embedding.weight", embed
+    yield "unembedding.weight", (unembed or embed).transpose(1, 0)

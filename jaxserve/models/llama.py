@@ -71,9 +71,8 @@ def attention_weights(config: DecoderConfig, checkpoint: Mapping[str, Source], t
         yield ours + "k_norm.weight", checkpoint[theirs + "k_norm.weight"]
     elif config.qk_norm == "full":
         kv_heads, group, dim = config.num_kv_heads, config.group_size, config.head_dim
-        k, copies = checkpoint[theirs + "k_norm.weight"], config.kv_copies
         yield ours + "q_norm.weight", checkpoint[theirs + "q_norm.weight"].split(0, (kv_heads, group, dim))
-        yield ours + "k_norm.weight", k.split(0, (kv_heads // copies, dim)).repeat(0, copies)
+        yield ours + "k_norm.weight", checkpoint[theirs + "k_norm.weight"].split(0, (kv_heads, dim))
 
 
 def mlp_weights(config: DecoderConfig, checkpoint: Mapping[str, Source], theirs: str, ours: str) -> h.Weights:

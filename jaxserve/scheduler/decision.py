@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxserve.kv_cache.manager import Tables
 from jaxserve.request import Request
@@ -26,13 +26,12 @@ class Scheduled:
     ``num_steps`` steps in one, else 0."""
 
 
-@dataclass(slots=True)
-class BlockMove:
+class BlockMove(NamedTuple):
     """Blocks of one request to be moved between the device and host memory."""
 
+    replica: int
     handle: int
     """Names the blocks while they are in host memory."""
-    replica: int
     blocks: list[list[int]]
     """On the device, per group of layers."""
 
@@ -74,7 +73,7 @@ class SchedulerOutput:
             [[s.request.request_id, s.start, s.count, s.samples, s.slot, int(s.is_new), s.tables] for s in replica]
             for replica in self.replicas
         ]
-        moves = [[[m.handle, m.replica, m.blocks] for m in moves] for moves in (self.swap_outs, self.swap_ins)]
+        moves = [list(map(list, moves)) for moves in (self.swap_outs, self.swap_ins)]
         return [rows, self.bucket, self.num_steps, [r.request_id for r in self.preempted], *moves, self.dropped]
 
     def digest(self) -> str:

@@ -125,7 +125,7 @@ class Replica:
         """Tokens of each running request: one for those that decode, the rest of the budget for prompts. With pipeline
         stages only so many decode at a time that all stages have some."""
         budget, counts = self.config.max_num_batched_tokens, dict[Request, int]()
-        prefills, most = [], -(-len(self.running) // self.config.num_stages)
+        prefills, most = [], self._most_decodes()
         for request in self._in_order(self._with_work()):
             if _to_compute(request) > 1:
                 prefills.append(request)
@@ -140,6 +140,11 @@ class Replica:
                 counts[request] = count
                 budget -= count
         return counts
+
+    def _most_decodes(self) -> int:
+        """How many may decode in this step, so that in any ``num_stages`` steps in a row each has its turn."""
+        step, count, stages = self._step, len(self.running), self.config.num_stages
+        return max(1, (step + 1) * count // stages - step * count // stages)
 
     def _in_order(self, requests: Iterable[Request]) -> Iterable[Request]:
         """By rank where a policy shares tokens out, and longest ready first where stages take turns; else there are
@@ -264,7 +269,7 @@ class Replica:
         if request.status is Status.SWAPPED:
             self.swapped.remove(request)
             self.host.release(request.arrival)
-            output.swap_ins.append(BlockMove(request.arrival, self.index, self.kv.live(request)))
+            output.swap_ins.append(BlockMove(self.index, request.arrival, self.kv.live(request)))
         else:
             self.waiting.remove(request)
             if request.progress_mark < 0:
@@ -313,7 +318,7 @@ class Replica:
         if swap:
             request.status = Status.SWAPPED
             self.host.store(request.arrival, sizes)
-            output.swap_outs.append(BlockMove(request.arrival, self.index, blocks))
+            output.swap_outs.append(BlockMove(self.index, request.arrival, blocks))
             self.swapped.push(request)
         else:
             request.status, request.num_computed_tokens = Status.WAITING, 0

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.models.config import DecoderConfig
 from jaxserve.models.decoder import Decoder
-from jaxserve.weights.source import Box, Source
+from jaxserve.weights.fit import Axes, fit_array, fit_source
+from jaxserve.weights.source import Box, Source, stack
 from sharding import ShardingRules
 from sharding.partition import shardings_for
 
@@ -27,16 +28,43 @@ Progress = Callable[[Iterable[str]], Iterable[str]]
 
 
 def abstract_params(config: DecoderConfig, dtype: jnp.dtype) -> tuple[Any, dict[str, nnx.Variable]]:
-    """Graph definition and parameters by name (``layers.0.attn.qkv``), shapes only."""
+    """Graph definition and parameters by name (``layers.0.attn.qkv``), shapes only. With pipeline stages, those of
+    layers hold one layer of every stage, along a first axis."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))))
-    return graph, {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+    params = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+    if config.num_stages > 1:
+        params |= {name: _of_all_stages(p, config.num_stages) for name, p in params.items() if is_of_layer(name)}
+    return graph, params
+
+
+def _of_all_stages(param: nnx.Variable, num_stages: int) -> nnx.Variable:
+    value = param.get_value()
+    staged = jax.ShapeDtypeStruct((num_stages, *value.shape), value.dtype)
+    return param.replace(staged, axes=("stage", *logical_axes(param)))
+
+
+def is_of_layer(name: str) -> bool:
+    return name.startswith("layers.")
+
+
+def parts_of(name: str, config: DecoderConfig) -> list[str]:
+    """The parameters of the model as stored that ``name`` is made of: itself, or one of each stage that has it."""
+    if config.num_stages == 1 or not is_of_layer(name):
+        return [name]
+    layers, slot, rest = name.split(".", 2)
+    found = (config.layer_at(stage, int(slot)) for stage in range(config.num_stages))
+    return [f"{layers}.{layer}.{rest}" for layer in found if layer is not None]
 
 
 def param_shardings(params: Mapping[str, nnx.Variable], mesh: Mesh, rules: ShardingRules) -> dict[str, NamedSharding]:
     """From every parameter's logical axes; ValueError with the numbers where one does not divide."""
     shapes = {name: p.get_value().shape for name, p in params.items()}
-    axes = {name: p.get_metadata()["axes"] for name, p in params.items()}
+    axes = {name: logical_axes(p) for name, p in params.items()}
     return shardings_for(shapes, axes, mesh, rules)
+
+
+def logical_axes(param: nnx.Variable) -> Axes:
+    return param.get_metadata()["axes"]
 
 
 def assemble(params: Mapping[str, nnx.Variable], arrays: Mapping[str, Any]) -> nnx.State:
@@ -53,20 +81,31 @@ def _key(part: str) -> str | int:
 
 
 def load_params(
-    config: DecoderConfig,
+    stored: DecoderConfig,
+    fitted: DecoderConfig,
     dtype: jnp.dtype,
     weights: Iterator[tuple[str, Source]],
     mesh: Mesh,
     rules: ShardingRules,
     progress: Progress = lambda names: names,
 ) -> tuple[Any, nnx.State]:
-    """Graph definition and parameters on the mesh, read from ``weights``; every parameter exactly once."""
-    graph, params = abstract_params(config, dtype)
+    """Graph definition and parameters on the mesh, read from ``weights``; every parameter exactly once.
+
+    ``weights`` are those of ``stored``; ``fitted`` is the same model fitted to the mesh.
+    """
+    graph, params = abstract_params(fitted, dtype)
     shardings = param_shardings(params, mesh, rules)
-    sources = _sources(weights, params)
+    sources = _sources(weights, abstract_params(stored, dtype)[1])
     arrays = {}
     for name in progress(list(params)):
-        arrays[name] = _place(sources[name], np.dtype(dtype), shardings[name])
+        axes = logical_axes(params[name])
+        parts = [
+            fit_source(sources[part], tuple(a for a in axes if a != "stage"), stored, fitted)
+            for part in parts_of(name, fitted)
+        ]
+        # Stages without a layer in this place, the last ones, have zeros there.
+        source = stack(parts, axis=0).pad(0, fitted.num_stages) if "stage" in axes else parts[0]
+        arrays[name] = _place(source, np.dtype(dtype), shardings[name])
     return graph, assemble(params, arrays)
 
 
@@ -123,23 +162,39 @@ def _read_in_pieces(source: Source, box: Box, dtype: np.dtype) -> np.ndarray:
 
 
 def random_params(
-    config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh, rules: ShardingRules, seed: int
+    stored: DecoderConfig, fitted: DecoderConfig, dtype: jnp.dtype, mesh: Mesh, rules: ShardingRules, seed: int
 ) -> tuple[Any, nnx.State]:
-    """Random weights of the right shapes, made on the devices: what ``load_format="dummy"`` means."""
-    graph, params = abstract_params(config, dtype)
+    """Random weights made on the devices: what ``load_format="dummy"`` means.
+
+    They are drawn in ``stored``'s shapes and then fitted, so that the model is the same on every mesh.
+    """
+    graph, params = abstract_params(fitted, dtype)
+    shapes = {name: p.get_value().shape for name, p in abstract_params(stored, dtype)[1].items()}
+    numbers = {name: i for i, name in enumerate(shapes)}
     shardings = param_shardings(params, mesh, rules)
 
     @cache  # one program for all layers' parameters of the same kind
-    def normal(shape: tuple[int, ...], scale: float, shift: float, sharding: NamedSharding) -> Callable[..., Any]:
-        def make(key: jax.Array) -> jax.Array:
-            return (jax.random.normal(key, shape, jnp.float32) * scale + shift).astype(dtype)
+    def normal(
+        shape: tuple[int, ...], axes: Axes, scale: float, shift: float, sharding: NamedSharding
+    ) -> Callable[..., Any]:
+        def draw(number: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            values = (jax.random.normal(key, shape, jnp.float32) * scale + shift).astype(dtype)
+            return fit_array(values, tuple(a for a in axes if a != "stage"), stored, fitted)
+
+        def make(numbers: jax.Array) -> jax.Array:
+            if "stage" not in axes:
+                return draw(numbers[0])
+            drawn = jax.vmap(draw)(numbers)
+            return jnp.pad(drawn, [(0, fitted.num_stages - len(numbers)), *[(0, 0)] * (drawn.ndim - 1)])
 
         return jax.jit(make, out_shardings=sharding)
 
     arrays = {}
-    for i, (name, variable) in enumerate(params.items()):
-        shape = variable.get_value().shape
-        shift = 1.0 - config.norm.offset if name.endswith("norm.weight") else 0.0
-        make = normal(shape, 0.02 if len(shape) > 1 else 0.0, shift, shardings[name])
-        arrays[name] = make(jax.random.fold_in(jax.random.key(seed), i))
+    for name, variable in params.items():
+        parts = parts_of(name, fitted)
+        shape = shapes[parts[0]]
+        shift = 1.0 - stored.norm.offset if name.endswith("norm.weight") else 0.0
+        make = normal(shape, logical_axes(variable), 0.02 if len(shape) > 1 else 0.0, shift, shardings[name])
+        arrays[name] = make(np.array([numbers[part] for part in parts]))
     return graph, assemble(params, arrays)

@@ -1,16 +1,16 @@
 """Orbax checkpoints: the decoder's own layout, saved once, restored onto any mesh.
 
 A checkpoint directory holds ``params/`` (Orbax's) beside the Hugging Face config and tokenizer files. What is saved
-knows no mesh: every KV head once, no vocabulary padding. Both are made on the way back, where a mesh needs them.
+knows no mesh: every head once, and nothing that fills up. Both are made on the way back, where a mesh needs them.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxserve.models.config import DecoderConfig
-from jaxserve.weights.loader import abstract_params, assemble, param_shardings
+from jaxserve.weights.fit import Axes, fit_array
+from jaxserve.weights.loader import abstract_params, assemble, logical_axes, param_shardings
 from sharding import ShardingRules
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -38,7 +39,7 @@ def is_orbax(directory: Path) -> bool:
 
 
 def save(directory: Path, hf_directory: Path, params: nnx.State) -> None:
-    """Write ``params`` (of the model as stored: repeated heads and padding would be saved as they are) and the
+    """Write ``params`` (of the model as stored: copies and what fills up would be saved as they are) and the
     files that describe the model. config.json comes last: without it a directory is no checkpoint."""
     axes = {name: p.get_metadata()["axes"] for name, p in _flat(params).items()}
     arrays = {name: p.get_value() for name, p in _flat(params).items()}
@@ -83,20 +84,23 @@ def restore(
 ) -> tuple[Any, nnx.State]:
     """Graph definition and parameters on the mesh; every device reads only the shards that it needs.
 
-    ``decoder`` is ``stored`` fitted to the mesh: it may repeat KV heads and pad the vocabulary.
+    ``decoder`` is ``stored`` fitted to the mesh. One exception: where KV heads are copied and no whole number of ranks
+    belongs to each, every device reads all heads of a layer and keeps its own.
     """
+    if decoder.num_stages > 1:
+        raise NotImplementedError(f"{directory}: an Orbax checkpoint cannot be restored onto pipeline stages yet")
     if not is_orbax(directory):
         raise FileNotFoundError(f"{directory}: no Orbax checkpoint (params/); `jaxserve convert` writes one")
     graph, params = abstract_params(decoder, dtype)
     shardings = param_shardings(params, mesh, rules)
-    repeats = decoder.num_kv_heads // stored.num_kv_heads
-    _, read = abstract_params(replace(decoder, num_kv_heads=stored.num_kv_heads), dtype)
-    read_shardings = shardings | _shardings_of_heads(read, mesh, rules, repeats)
+    reading = _readable(stored, decoder, mesh.shape["tp"])
+    _, read = abstract_params(reading, dtype)
+    read_shardings = shardings | _shardings_of_heads(read, reading, decoder, mesh, rules)
     largest = max(p.get_value().size for p in read.values()) * jnp.dtype(dtype).itemsize
     with _checkpointer(largest) as checkpointer:
         path = (directory / "params").resolve()
         _check_shapes(directory, checkpointer.metadata(path), abstract_params(stored, dtype)[1])
-        # A global shape larger than the stored one is filled up with zeros: the padding of the vocabulary.
+        # A global shape larger than the stored one is filled up with zeros: that is how parameters are padded.
         restore_args = {
             name: ocp.ArrayRestoreArgs(
                 dtype=dtype, sharding=read_shardings[name], global_shape=p.get_value().shape, strict=False
@@ -104,11 +108,35 @@ def restore(
             for name, p in read.items()
         }
         arrays = checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=restore_args))
-    for name, variable in params.items():
+
+    @cache  # one program for all layers' parameters of the same kind
+    def fit(axes: Axes, sharding: NamedSharding) -> Callable[[Array], Array]:
+        return jax.jit(partial(fit_array, axes=axes, stored=reading, fitted=decoder), out_shardings=sharding)
+
+    for name, param in params.items():
         if read_shardings[name] is not shardings[name]:
-            fit = partial(_repeat_heads, name, variable.get_value().shape, stored.group_size, repeats)
-            arrays[name] = jax.jit(fit, out_shardings=shardings[name])(arrays[name])
+            arrays[name] = fit(logical_axes(param), shardings[name])(arrays[name])
     return graph, assemble(params, arrays)
+
+
+def _readable(stored: DecoderConfig, decoder: DecoderConfig, tp: int) -> DecoderConfig:
+    """As which model to read: ``decoder``, or where it copies KV heads, the same before they are copied.
+
+    Zero heads are then there if each head, zero or not, belongs to a whole number of ranks; otherwise none are.
+    """
+    if decoder.kv_copies == 1:
+        return decoder
+    heads, rest = divmod(decoder.num_kv_heads, decoder.kv_copies)
+    if rest or tp % heads:
+        heads = stored.num_kv_heads
+    return replace(
+        decoder,
+        num_heads=heads * stored.group_size,
+        num_kv_heads=heads,
+        kv_copies=1,
+        head_padding=(heads - stored.num_kv_heads) * stored.group_size,
+        kv_head_padding=heads - stored.num_kv_heads,
+    )
 
 
 def _check_shapes(directory: Path, metadata: Any, expected: Mapping[str, nnx.Variable]) -> None:
@@ -126,29 +154,20 @@ def _check_shapes(directory: Path, metadata: Any, expected: Mapping[str, nnx.Var
 
 
 def _shardings_of_heads(
-    read: Mapping[str, nnx.Variable], mesh: Mesh, rules: ShardingRules, repeats: int
+    read: Mapping[str, nnx.Variable], reading: DecoderConfig, decoder: DecoderConfig, mesh: Mesh, rules: ShardingRules
 ) -> dict[str, NamedSharding]:
-    """Of the parameters with an axis of KV heads, where there are fewer heads than ranks.
+    """Of the parameters with an axis of KV heads, where these are copied after reading.
 
-    The heads do not divide over the ranks, but over groups of ``repeats`` ranks: the same devices with the axis cut
-    in two, the inner part named by no parameter.
+    Where each head belongs to a group of ranks, these are the same devices with the axis cut in two, the inner part
+    named by no parameter, and a rank reads the one head that it holds. Otherwise every rank reads all heads.
     """
-    if repeats == 1:
+    if decoder.kv_copies == 1:
         return {}
-    assert mesh.axis_names[-1] == rules.kv_heads
+    with_heads = {name: p for name, p in read.items() if "kv_heads" in logical_axes(p)}
     *outer, ranks = mesh.devices.shape
-    grid = mesh.devices.reshape(*outer, ranks // repeats, repeats)
+    if ranks % reading.num_kv_heads:
+        return param_shardings(with_heads, mesh, replace(rules, kv_heads=None))
+    assert mesh.axis_names[-1] == rules.kv_heads
+    grid = mesh.devices.reshape(*outer, reading.num_kv_heads, -1)
     groups = Mesh(grid, (*mesh.axis_names, "copy"), axis_types=(AxisType.Auto,) * grid.ndim)
-    with_heads = {name: p for name, p in read.items() if "kv_heads" in p.get_metadata()["axes"]}
     return param_shardings(with_heads, groups, rules)
-
-
-def _repeat_heads(name: str, shape: tuple[int, ...], group: int, repeats: int, x: Array) -> Array:
-    """The parameter ``x``, stored with ``group`` query heads per KV head, for ``repeats`` times as many KV heads."""
-    if "k_norm" in name:
-        return jnp.repeat(x, repeats, axis=0)
-    if "qkv" not in name:
-        return x.reshape(shape)  # only query heads, which are as many as before
-    q, kv = x[..., :group, :], x[..., group:, :]  # [..., K, G+2, H]
-    q = q.reshape(*shape[:-2], group // repeats, shape[-1])
-    return jnp.concatenate([q, jnp.repeat(kv, repeats, axis=-3)], axis=-2)

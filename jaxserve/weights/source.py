@@ -39,7 +39,10 @@ class Source(ABC):
 
     def merge(self, axis: int, count: int) -> Source:
         """Flatten ``count`` axes from ``axis`` on into one (row-major)."""
-        return Merged(self, axis, count)
+        merged: Source = self
+        for _ in range(count - 1):
+            merged = Merged(merged, axis)
+        return merged
 
     def narrow(self, axis: int, start: int, size: int) -> Source:
         return Narrowed(self, axis, start, size)
@@ -110,21 +113,38 @@ class Split(Source):
 
 
 class Merged(Source):
-    def __init__(self, base: Source, axis: int, count: int) -> None:
-        self.base, self.axis, self.count = base, axis, count
-        merged = math.prod(base.shape[axis : axis + count])
-        self.shape = (*base.shape[:axis], merged, *base.shape[axis + count :])
+    """``axis`` and the one behind it as one."""
+
+    def __init__(self, base: Source, axis: int) -> None:
+        self.base, self.axis, self.stride = base, axis, base.shape[axis + 1]
+        self.shape = (*base.shape[:axis], base.shape[axis] * self.stride, *base.shape[axis + 2 :])
 
     def read(self, box: Box) -> np.ndarray:
-        a, wanted = self.axis, box[self.axis]
-        inner = self.base.shape[a + 1 : a + self.count]
-        stride = math.prod(inner)
-        first, last = wanted.start // stride, -(-wanted.stop // stride)
-        rows = (slice(first, last), *(slice(0, n) for n in inner))
-        values = self.base.read((*box[:a], *rows, *box[a + 1 :]))
-        flat = values.reshape(*values.shape[:a], (last - first) * stride, *values.shape[a + self.count :])
-        keep = slice(wanted.start - first * stride, wanted.stop - first * stride)
-        return flat[(slice(None),) * a + (keep,)]
+        pieces = [self._read_rows(box, *piece) for piece in self._pieces(box[self.axis])]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
+
+    def _pieces(self, wanted: slice) -> list[tuple[slice, slice]]:
+        """(rows, part of each) that together are ``wanted``: the end of a row, whole rows, the beginning of a row."""
+        if wanted.start == wanted.stop:
+            return [(slice(0, 0), slice(0, 0))]
+        stride, first = self.stride, wanted.start // self.stride
+        if wanted.stop <= (first + 1) * stride:
+            return [(slice(first, first + 1), slice(wanted.start - first * stride, wanted.stop - first * stride))]
+        full, last = -(-wanted.start // stride), wanted.stop // stride
+        return [
+            (rows, part)
+            for rows, part in (
+                (slice(first, full), slice(wanted.start - first * stride, stride)),
+                (slice(full, last), slice(0, stride)),
+                (slice(last, last + 1), slice(0, wanted.stop - last * stride)),
+            )
+            if rows.start < rows.stop and part.start < part.stop
+        ]
+
+    def _read_rows(self, box: Box, rows: slice, part: slice) -> np.ndarray:
+        values = self.base.read((*box[: self.axis], rows, part, *box[self.axis + 1 :]))
+        merged = (rows.stop - rows.start) * (part.stop - part.start)
+        return values.reshape(*values.shape[: self.axis], merged, *values.shape[self.axis + 2 :])
 
 
 class Narrowed(Source):
@@ -159,6 +179,8 @@ class Padded(Source):
     def read(self, box: Box) -> np.ndarray:
         s, real = box[self.axis], self.base.shape[self.axis]
         values = self.base.read(_replace(box, self.axis, slice(min(s.start, real), min(s.stop, real))))
+        if s.stop <= real:
+            return values
         missing = [(0, 0)] * len(self.shape)
         missing[self.axis] = (0, s.stop - s.start - values.shape[self.axis])
         return np.pad(values, missing)

@@ -20,7 +20,7 @@ from jaxserve.cli import main
 from jaxserve.cli.options import EngineFlags, cache_directory
 from jaxserve.engine_args import EngineArgs
 
-COMMANDS = [["generate"], ["chat"], ["convert"], ["info"], ["bench", "throughput"], ["bench", "latency"]]
+COMMANDS = [["generate"], ["chat"], ["convert"], ["info"], ["plan"], ["bench", "throughput"], ["bench", "latency"]]
 
 
 # -- help and errors -----------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def test_without_a_command_it_helps(arguments: list[str], run: Run) -> None:
         (["info", "--mesh", "missing.toml"], "missing.toml: No such file or directory"),
         (["info", "--mesh", "tp=2", "-tp", "4"], "mesh says tp=2"),
         (["info", "--dtype", "int8"], "dtype='int8'"),
-        (["info", "-pp", "2"], "pipeline_parallel_size=2 is not supported yet"),
+        (["info", "-pp", "5"], "pipeline_parallel_size=5: this model has 2 layers"),
         (["info", "--hf-overrides", "{"], "--hf-overrides '{': not JSON"),
         (["info", "--hf-overrides", "[1]"], "it is a JSON object"),
         (["generate", "--prompts-file", "missing.txt"], "missing.txt: No such file or directory"),
@@ -93,9 +93,9 @@ def test_a_bad_line_of_jsonl_is_named(line: str, message: str, run: Run) -> None
 
 
 def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers(run: Run, tiny_model: Path) -> None:
-    result = run("info", "--model", tiny_model, "-tp", "3")
+    result = run("info", "--model", tiny_model, "-tp", "9")
     assert result.code == 2
-    assert "tensor_parallel_size=3 does not fit this model: 8 query heads, 2 KV heads" in result.err
+    assert "tensor_parallel_size=9 does not fit this model: 8 query heads, 2 KV heads" in result.err
 
 
 def test_a_traceback_is_shown_on_request(run: Run) -> None:

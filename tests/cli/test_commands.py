@@ -88,7 +88,12 @@ def test_a_question_that_can_never_fit_is_an_error_and_not_remembered(conversati
 # -- info, convert -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", ["", "dp=2,tp=4"])
+def bytes_of_one(params: Any) -> int:
+    """Of the model that was laid over a mesh, however often it is there."""
+    return sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("mesh", ["", "dp=2,tp=4", "tp=5"])
 def test_info_counts_what_the_devices_would_hold(mesh: str, run: Run, odd_model: Path) -> None:
     result = run("info", "--model", odd_model, "--mesh", mesh, "--json")
     assert result.code == 0
@@ -103,15 +108,36 @@ def test_info_counts_what_the_devices_would_hold(mesh: str, run: Run, odd_model:
     assert [d["weight_bytes"] for d in report["mesh"]["devices"]] == list(held.values())
     assert report["mesh"]["balanced"]
     assert report["model"]["num_parameters"] * 4 == report["model"]["weight_bytes"]
-    # 2 layers, K and V, 8 entries of 4 bytes: two heads on one device, one of four copies on four.
+    stored = report["model"]["weight_bytes"]
+    assert report["mesh"]["added_weight_percent"] == round(100 * (bytes_of_one(params) / stored - 1), 2)
+    # 2 layers, K and V, 8 entries of 4 bytes: two heads on one device, one of the copies on each of several.
     assert {d["kv_bytes_per_token"] for d in report["mesh"]["devices"]} == {128 if mesh else 256}
 
 
 def test_info_for_people(run: Run, odd_model: Path) -> None:
     result = run("info", "--model", odd_model, "-tp", "4")
     assert result.code == 0
-    for expected in ("LlamaForCausalLM", "8 query, 2 KV, of 8", "each KV head is held 2 times", "padded by 1", "tp=4"):
+    for expected in ("LlamaForCausalLM", "8 query, 2 KV, of 8", "tp=4", "every device holds the same"):
         assert expected in result.out
+    note = "each KV head held 2 times, vocabulary +1: 6.0 % more weight memory, 100 % more KV cache"
+    assert note in " ".join(result.out.split())
+
+
+def test_info_says_what_a_mesh_costs(run: Run, odd_model: Path) -> None:
+    expected = {
+        "kv_head_copies": 2,
+        "kv_head_padding": 1,
+        "head_padding": 2,
+        "intermediate_padding": 4,
+        "vocab_padding": 2,
+        "added_kv_percent": 150.0,
+    }
+    report = json.loads(run("info", "--model", odd_model, "-tp", "5", "--json").out)["mesh"]
+    assert {name: report[name] for name in expected} == expected
+    shown = " ".join(run("info", "--model", odd_model, "-tp", "5").out.split())
+    notes = "each KV head held 2 times, query heads +2, KV heads +1, feed-forward +4, vocabulary +2"
+    assert f"{notes}: {report['added_weight_percent']:.1f} % more weight memory" in shown
+    assert "more weight memory" not in run("info", "--model", odd_model, "-tp", "1").out
 
 
 def test_convert_writes_a_checkpoint_once(run: Run, tiny_model: Path, tmp_path: Path) -> None:
