@@ -88,17 +88,14 @@ def find_model(model: str | Path, revision: str | None = None) -> Path:
 
 
 def resolve_mesh(args: EngineArgs) -> MeshConfig:
-    """The mesh that the arguments ask for, refused where an axis is not supported yet."""
-    config = MeshConfig.resolve(
+    """The mesh that the arguments ask for."""
+    return MeshConfig.resolve(
         args.mesh,
         dp=args.data_parallel_size,
         pp=args.pipeline_parallel_size,
         cp=args.decode_context_parallel_size,
         tp=args.tensor_parallel_size,
     )
-    if config.cp != 1:
-        raise NotImplementedError(f"decode_context_parallel_size={config.cp} is not supported yet; leave cp at 1")
-    return config
 
 
 def fit(decoder: DecoderConfig, mesh: MeshConfig) -> DecoderConfig:
@@ -201,15 +198,21 @@ def _limits(
     seqs = args.max_num_seqs or min(tokens, 64 if platform == "cpu" else 256)
     decode = args.decode_buckets or decode_buckets(seqs)
     _check_buckets("decode_buckets", decode, "max_num_seqs", seqs)
+    windows = decoder.layer_groups(longest)[0]
+    if mesh.cp > 1 and windows != (None,):
+        raise NotImplementedError(
+            f"decode_context_parallel_size={mesh.cp} is not supported for layers with a window "
+            f"({max(w for w in windows if w)} tokens); leave it at 1"
+        )
     rows = args.token_buckets or token_buckets(tokens)
     _check_buckets("token_buckets", rows, "max_num_batched_tokens", tokens)
     return SchedulerConfig(
         max_model_len=longest,
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
-        block_size=args.block_size,
+        block_size=mesh.cp * args.block_size,  # one block of every rank that shares the context
         num_blocks=2,
-        windows=decoder.layer_groups(longest)[0],
+        windows=windows,
         enable_chunked_prefill=args.enable_chunked_prefill,
         long_prefill_token_threshold=args.long_prefill_token_threshold,
         max_num_partial_prefills=args.max_num_partial_prefills,
@@ -231,9 +234,9 @@ def _swap(args: EngineArgs, runner: ModelRunner, platform: str) -> SwapConfig:
     """Host memory for preempted requests; the rates are measured once the engine is warm."""
     default = 0.0 if platform == "cpu" or runner.decoder.num_stages > 1 else GPU_SWAP_GIB
     space = int((default if args.swap_space is None else args.swap_space) * GIB)
-    config, tp = runner.config, runner.mesh.shape["tp"]
-    layers = len(config.layer_groups)
-    block = tp * kv_bytes_per_block(runner.decoder, layers, config.block_size, config.kv_dtype.itemsize, tp)
+    config, shape = runner.config, runner.mesh.shape
+    sizes = len(config.layer_groups), config.block_size, config.kv_dtype.itemsize, shape["tp"]
+    block = shape["tp"] * shape["cp"] * kv_bytes_per_block(runner.decoder, *sizes)
     return SwapConfig(num_blocks=space // block, mode=args.preemption_mode, block_bytes=block)
 
 
@@ -245,7 +248,7 @@ def _runner_config(
         token_buckets=limits.token_buckets,
         max_num_seqs=limits.max_num_seqs,
         blocks_per_sequence=limits.blocks_per_sequence,
-        block_size=limits.block_size,
+        block_size=args.block_size,
         kv_dtype=resolve_kv_dtype(args.kv_cache_dtype, dtype, platform),
         windows=limits.windows,
         layer_groups=decoder.layer_groups(limits.max_model_len)[1],
@@ -294,7 +297,7 @@ def _num_blocks(args: EngineArgs, runner: ModelRunner, limits: SchedulerConfig, 
 def kv_bytes(runner: ModelRunner, limits: SchedulerConfig) -> int:
     """Bytes per device of the caches of all layers."""
     config, tp = runner.config, runner.mesh.shape["tp"]
-    layer = kv_bytes_per_block(runner.decoder, 1, limits.block_size, config.kv_dtype.itemsize, tp)
+    layer = kv_bytes_per_block(runner.decoder, 1, config.block_size, config.kv_dtype.itemsize, tp)
     return sum(layer * limits.blocks_of(limits.windows[group]) for group in config.layer_groups)
 
 

@@ -16,12 +16,13 @@ from jaxserve.sampler import SamplerState
 from pallas_kernels.paged_attention import PagedAttention
 from sharding import ShardingRules
 
-KV_AXES = ("replica", None, "kv_heads", None, None)
+KV_AXES = ("replica", "kv_blocks", "kv_heads", None, None)
 SLOT_AXES = ("replica", None, "vocab")
 
 
 class DeviceState(NamedTuple):
-    """keys and values: per layer [dp, num_blocks, K, ...], laid out as the attention implementation wants them;
+    """keys and values: per layer [dp, num_blocks, K, ...], laid out as the attention implementation wants them (with
+    several ranks to a context, each has ``num_blocks`` of its own, and the axis is that of all ranks together);
     last_tokens int32 [dp, slots]: what was sampled last in each slot.
 
     With pipeline stages: keys and values per layer of a stage [pp, dp, num_blocks, K, ...]; activations
@@ -61,7 +62,8 @@ def abstract_state(
 
     def caches(which: int) -> list[Any]:
         heads = config.num_kv_heads, config.head_dim
-        shapes = [attention.cache_shapes(n, sizes.block_size, *heads)[which] for n in sizes.num_blocks]
+        ranks = mesh.shape["cp"]
+        shapes = [attention.cache_shapes(ranks * n, sizes.block_size, *heads)[which] for n in sizes.num_blocks]
         axes = (*("stage",) * len(stages), *KV_AXES)
         return [array((*stages, dp, *shape), axes, kv_dtype) for shape in shapes]
 

@@ -54,7 +54,7 @@ class SwappedBlocks:
         self._scatter = compile("swap_in", "swap_in", lambda: scatter.lower(caches, chunk, index))
 
     def _chunk_of(self, cache: Array) -> jax.ShapeDtypeStruct:
-        shape = (cache.shape[0], SWAP_CHUNK, *cache.shape[2:])
+        shape = (cache.shape[0], self.mesh.shape["cp"] * SWAP_CHUNK, *cache.shape[2:])
         return jax.ShapeDtypeStruct(shape, cache.dtype, sharding=cache.sharding)
 
     # -- what the engine asks for ------------------------------------------------------------------------------------

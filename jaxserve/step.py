@@ -148,7 +148,7 @@ class Step:
             positions=batch["kv_lens"],
             **{name: batch[name] for name in SamplingRows._fields if name != "positions"},
         )
-        tokens = sample(logits, rows, flags, state.sampler)
+        tokens = sample(logits, rows, flags, state.sampler, self.constrain)
         counts = self._count(state.sampler.counts, batch["slots"], tokens, batch["samples"], flags.penalties)
         last_tokens = _keep_last(state.last_tokens, batch["slots"], tokens, batch["samples"])
         return tokens, state._replace(last_tokens=last_tokens, sampler=SamplerState(state.sampler.bias, counts))
@@ -156,7 +156,7 @@ class Step:
     def _decode_batch(self, batch: Arrays, i: Array) -> Arrays:
         """The batch of the i-th of several decode steps. A sequence that has all its tokens goes on reading its first
         block and writing to the null block."""
-        size = self.block_size
+        size = self.block_size * self.mesh.shape["cp"]
         active = i < batch["samples"]
         positions = jnp.where(active, batch["positions"] + i, 0)
         index = jnp.broadcast_to((positions // size)[:, None, :, None], (*batch["slot_mapping"].shape, 1))
@@ -238,7 +238,8 @@ class PagedLayers:
         self, step: Step, caches: Caches, batch: Arrays, layout: BatchLayout, inside_stage: bool = False
     ) -> None:
         self.step, self.layout, self.inside_stage = step, layout, inside_stage
-        self.ragged = Ragged(**{name: batch[name] for name in Ragged._fields})
+        fields = batch | {"visible": batch["positions"] + 1}
+        self.ragged = Ragged(**{name: fields[name] for name in Ragged._fields})
         self.keys, self.values = list(caches[0]), list(caches[1])
         self._plans: dict[int, Any] = {}
         self._attend = jax.jit(self._write_and_attend, static_argnums=(7, 8))
@@ -257,15 +258,19 @@ class PagedLayers:
         return out
 
     def _plan(self, group: int, shape: Shape) -> Any:
+        ranks = self.step.mesh.shape["cp"]
+
         def one_device(ragged: Ragged) -> Any:
-            plan = self.step.attention.plan(Ragged(*(x[0] for x in ragged)), self.layout.num_tokens, shape)
-            return jax.tree.map(lambda x: x[None], plan)
+            mine = own_part(Ragged(*(x[0] for x in ragged)), shape.block_size, ranks)
+            plan = self.step.attention.plan(mine, self.layout.num_tokens, shape)
+            return jax.tree.map(lambda x: x[None, None], plan)
 
         ragged, per_replica = self.ragged, self.step.rules.spec(("replica",))
         of_group = ragged._replace(
             slot_mapping=ragged.slot_mapping[:, group], block_tables=ragged.block_tables[:, group]
         )
-        return self._on_each_device(one_device, per_replica, per_replica)(of_group)
+        per_rank = self.step.rules.spec(("replica", "kv_blocks"))
+        return self._on_each_device(one_device, per_replica, per_rank)(of_group)
 
     def _write_and_attend(
         self,
@@ -279,15 +284,20 @@ class PagedLayers:
         shape: Shape,
         scoring: Scoring,
     ) -> tuple[Array, Array, Array]:
-        attention, spec = self.step.attention, self.step.rules.spec
+        attention, spec, ranks = self.step.attention, self.step.rules.spec, self.step.mesh.shape["cp"]
 
         def one_device(*args: Any) -> tuple[Array, ...]:
-            q, k, v, keys, values, slots, plan = jax.tree.map(lambda x: x[0], args)
-            keys, values = attention.write(keys, values, k, v, slots)
-            return tuple(x[None] for x in (attention.attend(q, keys, values, plan, shape, scoring), keys, values))
+            *arrays, plan = args
+            q, k, v, keys, values, slots = (x[0] for x in arrays)
+            plan = jax.tree.map(lambda x: x[0, 0], plan)
+            keys, values = attention.write(keys, values, k, v, own_slots(slots, shape.block_size, ranks))
+            out, lse = attention.attend(q, keys, values, plan, shape, scoring)
+            if ranks > 1:
+                out = merge(out, lse, "cp")
+            return tuple(x[None] for x in (out.astype(q.dtype), keys, values))
 
         kv, heads, replica = spec(KV_AXES), spec(HEAD_AXES), spec(("replica",))
-        specs = (spec(Q_AXES), heads, heads, kv, kv, replica, replica)
+        specs = (spec(Q_AXES), heads, heads, kv, kv, replica, spec(("replica", "kv_blocks")))
         return self._on_each_device(one_device, specs, (spec(Q_AXES), kv, kv))(q, k, v, keys, values, slots, plan)
 
     def _on_each_device(self, f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -302,6 +312,42 @@ def unpack(buffer: Array, layout: BatchLayout, name: str) -> Array:
     start, shape = layout.fields[name]
     words = buffer[:, start : start + math.prod(shape)].reshape(buffer.shape[0], *shape)
     return jax.lax.bitcast_convert_type(words, jnp.float32) if name in FLOAT_FIELDS else words
+
+
+# -- contexts that several ranks share ---------------------------------------------------------------------------------
+#
+# Blocks of a sequence are dealt out: of ``ranks * size`` tokens in a row, each rank has ``size`` in a block of its own,
+# under the same number as the others. So the host sees blocks of ``ranks * size`` tokens, and tokens keep their order.
+
+
+def own_slots(slots: Array, size: int, ranks: int) -> Array:
+    """Slots of the host's blocks as slots of this rank's; those of other ranks go to the null block."""
+    if ranks == 1:
+        return slots
+    block, offset = slots // (ranks * size), slots % (ranks * size)
+    mine = offset // size == jax.lax.axis_index("cp")
+    return jnp.where(mine, block * size + offset % size, 0)
+
+
+def own_part(ragged: Ragged, size: int, ranks: int) -> Ragged:
+    """What this rank has of every sequence."""
+    if ranks == 1:
+        return ragged
+    rank = jax.lax.axis_index("cp")
+
+    def own_tokens(count: Array) -> Array:
+        """How many of a sequence's first ``count`` tokens."""
+        rounds, rest = count // (ranks * size), count % (ranks * size)
+        return rounds * size + jnp.clip(rest - rank * size, 0, size)
+
+    return ragged._replace(kv_lens=own_tokens(ragged.kv_lens), visible=own_tokens(ragged.visible))
+
+
+def merge(out: Array, lse: Array, axis: str) -> Array:
+    """Attention over all ranks' keys from that over each one's: output [T,K,G,H], log-sum-exp [T,K,G]."""
+    weight = jnp.exp(lse - jax.lax.pmax(lse, axis))[..., None]
+    total = jax.lax.psum(jnp.concatenate([out * weight, weight], axis=-1), axis)
+    return total[..., :-1] / total[..., -1:]
 
 
 def _flags(wanted: Array) -> Wanted:

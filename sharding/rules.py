@@ -20,6 +20,7 @@ class ShardingRules:
     stage: str | None = "pp"
     vocab: str | tuple[str, ...] | None = ("pp", "tp")
     embed: str | None = None
+    kv_blocks: str | None = "cp"
     kv_heads: str | None = "tp"
     q_group: str | None = None
     """The query heads of one KV head."""

@@ -19,14 +19,20 @@ class Ragged(NamedTuple):
 
     slot_mapping [T]: block * block_size + offset that token t's K and V are written to;
     cu_q_lens [S+1]: first row of each sequence; kv_lens [S]: tokens of it in the cache, this step's included
-    (0 for an empty row); block_tables [S, B]: its blocks in order, anything behind the last live one.
+    (0 for an empty row); block_tables [S, B]: its blocks in order, anything behind the last live one; visible [T]: how
+    many of its sequence's tokens in the cache token t may see, itself included where it is there: it sees the first
+    ones. (Where ranks share a context, a rank's cache has some of a sequence's tokens only, in their order.)
     """
 
     slot_mapping: Array
     cu_q_lens: Array
     kv_lens: Array
     block_tables: Array
+    visible: Array
 
+
+NOTHING = -1e29
+"""A log-sum-exp below this is that of no keys at all."""
 
 CacheShapes = tuple[tuple[int, ...], tuple[int, ...]]
 """Of the K and of the V cache; axes 0 and 1 are block and kv head."""
@@ -37,7 +43,7 @@ class Shape(NamedTuple):
 
     block_size: int
     window: int | None = None
-    """A token sees itself and the window - 1 tokens before it; None = all."""
+    """A token sees itself and the window - 1 tokens before it; None = all. Not where ranks share a context."""
     one_token_each: bool = False
     """Every sequence has one token, so that token t is the token of sequence t (and T = S)."""
 
@@ -60,5 +66,6 @@ class PagedAttention:
     """(k_cache, v_cache, k [T,K,H], v [T,K,H], slot_mapping [T]) -> the caches with k and v written."""
     plan: Callable[[Ragged, int, Shape], Any]
     """(ragged, T, shape) -> a pytree of arrays: the work of a step, made once for all layers of the same shape."""
-    attend: Callable[[Array, Array, Array, Any, Shape, Scoring], Array]
-    """(q [T,K,G,H], k_cache, v_cache, plan, shape, scoring) -> [T,K,G,H] in q's dtype."""
+    attend: Callable[[Array, Array, Array, Any, Shape, Scoring], tuple[Array, Array]]
+    """(q [T,K,G,H], k_cache, v_cache, plan, shape, scoring) -> float32 output [T,K,G,H] and log-sum-exp of the scores
+    [T,K,G]: a token that sees nothing here has output 0 and a log-sum-exp of at most ``NOTHING``."""

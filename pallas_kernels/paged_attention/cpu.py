@@ -44,8 +44,10 @@ class Partial(NamedTuple):
     def empty(cls, rows: tuple[int, ...], head_dim: int) -> Partial:
         return cls(jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros((*rows, head_dim)))
 
-    def normalized(self) -> Array:
-        return self.values / jnp.maximum(self.total, 1e-30)[..., None]
+    def finished(self) -> tuple[Array, Array]:
+        """The softmax's output, and the log-sum-exp of its scores."""
+        total = jnp.maximum(self.total, 1e-30)
+        return self.values / total[..., None], self.maximum + jnp.log(total)
 
 
 def cache_shapes(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> CacheShapes:
@@ -81,18 +83,20 @@ class Pairs(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Query tiles of the sequences with more than one token. All int32 [N] but ``total`` and ``tables``.
+    """Query tiles of the sequences with more than one token. All int32 [N] but ``total``, ``tables`` and ``visible``.
 
-    ``row``: first row of the tile; ``position``: of that row; ``end``: one past the position of its last own row;
-    ``first_block``: the first that any of its rows sees; ``sequence``: whose it is, a row of ``tables`` [S, B].
+    ``row``: first row of the tile; ``row_end``: one past its last own row; ``end``: how many keys that one sees;
+    ``first_block``: the first that any of its rows sees; ``sequence``: whose it is, a row of ``tables`` [S, B];
+    ``visible`` [T]: how many keys each row sees.
     """
 
     sequence: Array
     row: Array
-    position: Array
+    row_end: Array
     end: Array
     first_block: Array
     tables: Array
+    visible: Array
     total: Array
 
 
@@ -153,29 +157,29 @@ def _plan_tiles(ragged: Ragged, q_lens: Array, num_tokens: int, shape: Shape) ->
     ends = jnp.cumsum(tiles)
     i = jnp.arange(-(-num_tokens // tile) + num_seqs, dtype=jnp.int32)
     sequence = jnp.minimum(jnp.sum((i[:, None] >= ends[None]).astype(jnp.int32), axis=1), num_seqs - 1)
-    offset = (i - _take(ends - tiles, sequence)) * tile
-    computed = _take(ragged.kv_lens - q_lens, sequence)
-    position = computed + offset
+    row = _take(ragged.cu_q_lens, sequence) + (i - _take(ends - tiles, sequence)) * tile
+    row_end = jnp.minimum(row + tile, _take(ragged.cu_q_lens, sequence + 1))
     return Tiles(
         sequence,
-        _take(ragged.cu_q_lens, sequence) + offset,
-        position,
-        jnp.minimum(position + tile, computed + _take(q_lens, sequence)),
-        _first_seen(position, shape) // shape.block_size,
+        row,
+        row_end,
+        _take(ragged.visible, row_end - 1),
+        _first_seen(_take(ragged.visible, row) - 1, shape) // shape.block_size,
         ragged.block_tables,
+        ragged.visible,
         ends[-1],
     )
 
 
-def attend(q: Array, k_cache: Array, v_cache: Array, plan: Plan, shape: Shape, scoring: Scoring) -> Array:
+def attend(q: Array, k_cache: Array, v_cache: Array, plan: Plan, shape: Shape, scoring: Scoring) -> tuple[Array, Array]:
     scaled = q.astype(jnp.float32) * scoring.scale
     if plan.tiles is None:
-        return _decode(scaled, k_cache, v_cache, plan.pairs, scoring).astype(q.dtype)
+        return _decode(scaled, k_cache, v_cache, plan.pairs, scoring)
     assert plan.starts is not None and plan.owner is not None
-    decoded = _decode(_take(scaled, plan.starts), k_cache, v_cache, plan.pairs, scoring)
-    mine = (plan.owner < decoded.shape[0])[:, None, None, None]
-    out = jnp.where(mine, _take(decoded, plan.owner), 0.0)
-    return _prefill(out, scaled, (k_cache, v_cache), plan.tiles, shape, scoring).astype(q.dtype)
+    decoded, lse = _decode(_take(scaled, plan.starts), k_cache, v_cache, plan.pairs, scoring)
+    mine = (plan.owner < decoded.shape[0])[:, None, None]
+    out = jnp.where(mine[..., None], _take(decoded, plan.owner), 0.0), jnp.where(mine, _take(lse, plan.owner), MASKED)
+    return _prefill(out, scaled, (k_cache, v_cache), plan.tiles, shape, scoring)
 
 
 def _take(x: Array, index: Array) -> Array:
@@ -197,8 +201,9 @@ def _first_seen(position: Array, shape: Shape) -> Array:
     return jnp.zeros_like(position) if shape.window is None else jnp.maximum(position - shape.window + 1, 0)
 
 
-def _decode(q: Array, k_cache: Array, v_cache: Array, pairs: Pairs, scoring: Scoring) -> Array:
-    """q [S,K,G,H], already scaled -> float32 [S,K,G,H]; zero for sequences without pairs."""
+def _decode(q: Array, k_cache: Array, v_cache: Array, pairs: Pairs, scoring: Scoring) -> tuple[Array, Array]:
+    """q [S,K,G,H], already scaled -> output [S,K,G,H] and log-sum-exp [S,K,G]; zero and nothing for sequences without
+    pairs."""
     num_seqs, kv_heads, group, head_dim = q.shape
     offsets = jnp.arange(v_cache.shape[2])[None]
     step = _pairs_per_turn(num_seqs, 4 * math.prod(k_cache.shape[1:]))
@@ -214,7 +219,7 @@ def _decode(q: Array, k_cache: Array, v_cache: Array, pairs: Pairs, scoring: Sco
         return _merge(so_far, Partial(block_max, jnp.sum(weights, axis=-1), _weighted(weights, v, seen)), sequence)
 
     empty = Partial.empty((num_seqs, kv_heads, group), head_dim)
-    return jax.lax.fori_loop(0, -(-pairs.total // step), turn, empty).normalized()
+    return jax.lax.fori_loop(0, -(-pairs.total // step), turn, empty).finished()
 
 
 def _weighted(weights: Array, v: Array, seen: Array) -> Array:
@@ -244,48 +249,59 @@ def _merge(so_far: Partial, blocks: Partial, sequence: Array) -> Partial:
     )
 
 
-def _prefill(out: Array, q: Array, caches: tuple[Array, Array], tiles: Tiles, shape: Shape, scoring: Scoring) -> Array:
-    """Fill the rows of ``out`` [T,K,G,H] that belong to sequences with more than one query token."""
+def _prefill(
+    out: tuple[Array, Array], q: Array, caches: tuple[Array, Array], tiles: Tiles, shape: Shape, scoring: Scoring
+) -> tuple[Array, Array]:
+    """Fill the rows of output [T,K,G,H] and log-sum-exp [T,K,G] that belong to sequences with more than one query
+    token."""
     num_tokens = q.shape[0]
     tile = min(QUERY_TILE, num_tokens)
-    room = ((0, tile), (0, 0), (0, 0), (0, 0))  # so that the last tile's slice is never moved back
-    q, out = jnp.pad(q, room), jnp.pad(out, room)
 
-    def one_tile(i: Array, out: Array) -> Array:
-        row, position, end = tiles.row[i], tiles.position[i], tiles.end[i]
+    def with_room(x: Array) -> Array:
+        """So that the last tile's slice is never moved back."""
+        return jnp.pad(x, ((0, tile), *[(0, 0)] * (x.ndim - 1)))
+
+    q, visible = with_room(q), with_room(tiles.visible)
+
+    def one_tile(i: Array, out: tuple[Array, Array]) -> tuple[Array, Array]:
+        row = tiles.row[i]
         attended = _tile_over_keys(
             jax.lax.dynamic_slice_in_dim(q, row, tile),
-            position + jnp.arange(tile),
-            (tiles.first_block[i], end),
+            jax.lax.dynamic_slice_in_dim(visible, row, tile),
+            (tiles.first_block[i], tiles.end[i]),
             tiles.tables[tiles.sequence[i]],
             caches,
             (shape, scoring),
         )
-        mine = position + jnp.arange(tile) < end
-        before = jax.lax.dynamic_slice_in_dim(out, row, tile)
-        return jax.lax.dynamic_update_slice_in_dim(
-            out, jnp.where(mine[:, None, None, None], attended, before), row, axis=0
-        )
+        mine = row + jnp.arange(tile) < tiles.row_end[i]
 
-    return jax.lax.fori_loop(0, tiles.total, one_tile, out)[:num_tokens]
+        def put(whole: Array, rows: Array) -> Array:
+            before = jax.lax.dynamic_slice_in_dim(whole, row, tile)
+            kept = jnp.where(mine.reshape(-1, *[1] * (rows.ndim - 1)), rows, before)
+            return jax.lax.dynamic_update_slice_in_dim(whole, kept, row, axis=0)
+
+        return put(out[0], attended[0]), put(out[1], attended[1])
+
+    filled, lse = jax.lax.fori_loop(0, tiles.total, one_tile, (with_room(out[0]), with_room(out[1])))
+    return filled[:num_tokens], lse[:num_tokens]
 
 
 def _tile_over_keys(
     q: Array,
-    position: Array,
+    visible: Array,
     bounds: tuple[Array, Array],
     table: Array,
     caches: tuple[Array, Array],
     options: tuple[Shape, Scoring],
-) -> Array:
-    """One tile of query tokens [Q,K,G,H] at ``position`` [Q] against its sequence's keys, from block
-    ``bounds[0]`` to token ``bounds[1]``."""
+) -> tuple[Array, Array]:
+    """One tile of query tokens [Q,K,G,H], each of which sees ``visible`` [Q] keys, against its sequence's keys, from
+    block ``bounds[0]`` to key ``bounds[1]``."""
     (k_cache, v_cache), (shape, scoring), (first_block, end) = caches, options, bounds
     tile, kv_heads, group, head_dim = q.shape
     size = shape.block_size
     step = max(1, min(KEY_TILE // size, table.shape[0]))
     rows = jnp.moveaxis(q, 0, 2).reshape(kv_heads, group * tile, head_dim)
-    row_position = jnp.tile(position, group)[:, None]
+    row_visible = jnp.tile(visible, group)[:, None]
     table = jnp.pad(table, (0, step))
 
     def turn(i: Array, so_far: Partial) -> Partial:
@@ -295,7 +311,7 @@ def _tile_over_keys(
         block = jnp.where(real[::size], jax.lax.dynamic_slice_in_dim(table, j, step), 0)
         k = jnp.moveaxis(_blocks(k_cache, block), 0, 2).reshape(kv_heads, head_dim, -1)
         v = jnp.moveaxis(_blocks(v_cache, block), 0, 1).reshape(kv_heads, -1, head_dim)
-        seen = real[None] & (at[None] <= row_position) & (at[None] >= _first_seen(row_position, shape))
+        seen = real[None] & (at[None] < row_visible) & (at[None] >= _first_seen(row_visible - 1, shape))
         scores = _capped(jnp.einsum("kmh,kht->kmt", rows, k), scoring)
         scores = jnp.where(seen[None], scores, MASKED)
         maximum = jnp.maximum(so_far.maximum, jnp.max(scores, axis=-1))
@@ -310,7 +326,9 @@ def _tile_over_keys(
 
     turns = -(-(-(-end // size) - first_block) // step)
     done = jax.lax.fori_loop(0, turns, turn, Partial.empty((kv_heads, group * tile), head_dim))
-    return jnp.moveaxis(done.normalized().reshape(kv_heads, group, tile, head_dim), 2, 0)
+    out, lse = done.finished()
+    out = jnp.moveaxis(out.reshape(kv_heads, group, tile, head_dim), 2, 0)
+    return out, jnp.moveaxis(lse.reshape(kv_heads, group, tile), 2, 0)
 
 
 IMPLEMENTATION = PagedAttention("cpu", cache_shapes, write, plan, attend)

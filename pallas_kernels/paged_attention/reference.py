@@ -8,6 +8,8 @@ from jax import Array
 
 from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Shape
 
+MASKED = -1e30
+
 
 def cache_shapes(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> CacheShapes:
     """Both [block, kv_head, token, head_dim]."""
@@ -27,27 +29,33 @@ def plan(ragged: Ragged, num_tokens: int, shape: Shape) -> Ragged:
     return ragged
 
 
-def attend(q: Array, k_cache: Array, v_cache: Array, plan: Ragged, shape: Shape, scoring: Scoring) -> Array:
+def attend(
+    q: Array, k_cache: Array, v_cache: Array, plan: Ragged, shape: Shape, scoring: Scoring
+) -> tuple[Array, Array]:
     ragged = plan
     t = jnp.arange(q.shape[0])
     ends = ragged.cu_q_lens[1:]
     sequence = jnp.minimum(jnp.sum(t[:, None] >= ends[None], axis=1), ends.shape[0] - 1)
-    position = ragged.kv_lens[sequence] - (ends[sequence] - t)
 
-    def one_token(q_t: Array, seq: Array, position: Array) -> Array:
+    def one_token(q_t: Array, seq: Array, visible: Array) -> tuple[Array, Array]:
         k, v = (_tokens(cache, ragged.block_tables[seq]) for cache in (k_cache, v_cache))
         scores = jnp.einsum("kgh,skh->kgs", q_t.astype(jnp.float32), k) * scoring.scale
         if scoring.softcap is not None:
             scores = jnp.tanh(scores / scoring.softcap) * scoring.softcap
         s = jnp.arange(k.shape[0])
-        seen = s <= position
+        seen = s < visible
         if shape.window is not None:
-            seen &= s > position - shape.window
-        weights = jax.nn.softmax(jnp.where(seen[None, None], scores, -jnp.inf), axis=-1)
-        return jnp.einsum("kgs,skh->kgh", weights, jnp.where(seen[:, None, None], v, 0.0))
+            seen &= s >= visible - shape.window
+        scores = jnp.where(seen[None, None], scores, MASKED)
+        best = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.where(seen[None, None], jnp.exp(scores - best), 0.0)
+        total = jnp.maximum(jnp.sum(weights, axis=-1), 1e-30)
+        out = jnp.einsum("kgs,skh->kgh", weights, jnp.where(seen[:, None, None], v, 0.0))
+        return out / total[..., None], best[..., 0] + jnp.log(total)
 
-    out = jax.lax.map(lambda args: one_token(*args), (q, sequence, position))
-    return jnp.where((t < ends[-1])[:, None, None, None], out, 0.0).astype(q.dtype)
+    out, lse = jax.lax.map(lambda args: one_token(*args), (q, sequence, ragged.visible))
+    real = t < ends[-1]
+    return jnp.where(real[:, None, None, None], out, 0.0), jnp.where(real[:, None, None], lse, MASKED)
 
 
 def _tokens(cache: Array, table: Array) -> Array:

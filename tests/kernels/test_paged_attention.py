@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.dispatch import PAGED_ATTENTION, paged_attention
-from pallas_kernels.paged_attention import Ragged, Scoring, Shape
+from pallas_kernels.paged_attention import NOTHING, Ragged, Scoring, Shape
 
 NUM_SPARE_BLOCKS = 5
 
@@ -122,12 +122,15 @@ def make_problem(case: Case, sequences: list[Sequence], seed: int) -> Problem:
         used = -(-kv_len // case.block_size)
         table[used:] = rng.integers(0, case.num_blocks, case.table_width - used)  # "anything behind the last live one"
     slots = np.zeros(case.num_tokens, np.int32)
-    return Problem(q, keys, values, Ragged(slots, cu_q_lens, kv_lens, tables))  # pyright: ignore[reportArgumentType]
+    visible = np.zeros(case.num_tokens, np.int32)
+    for s, start in zip(sequences, cu_q_lens, strict=False):
+        visible[start : start + s.q_len] = np.arange(s.kv_len - s.q_len, s.kv_len) + 1
+    return Problem(q, keys, values, Ragged(slots, cu_q_lens, kv_lens, tables, visible))  # pyright: ignore
 
 
-def dense(case: Case, problem: Problem) -> np.ndarray:
-    """Attention by its definition, one token at a time."""
-    out = np.zeros(problem.q.shape)
+def dense(case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Attention by its definition, one token at a time, and the log-sum-exp of its scores."""
+    out, lse = np.zeros(problem.q.shape), np.full(problem.q.shape[:-1], -np.inf)
     starts = problem.ragged.cu_q_lens
     for s, (k, v) in enumerate(zip(problem.keys, problem.values, strict=True)):
         for row in range(starts[s], starts[s + 1]):
@@ -138,10 +141,10 @@ def dense(case: Case, problem: Problem) -> np.ndarray:
             scores = np.einsum("kgh,skh->kgs", q, k[seen].astype(np.float64)) * case.head_dim**-0.5
             if case.softcap is not None:
                 scores = case.softcap * np.tanh(scores / case.softcap)
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            weights /= weights.sum(-1, keepdims=True)
+            lse[row] = np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1)) + scores.max(-1)
+            weights = np.exp(scores - lse[row][..., None])
             out[row] = np.einsum("kgs,skh->kgh", weights, v[seen].astype(np.float64))
-    return out
+    return out, lse
 
 
 @cache
@@ -149,7 +152,7 @@ def programs(name: str, case: Case) -> tuple[Any, Any]:
     """write and attend, compiled once per case."""
     implementation = PAGED_ATTENTION[name]
 
-    def attend(q: jax.Array, keys: jax.Array, values: jax.Array, ragged: Ragged) -> jax.Array:
+    def attend(q: jax.Array, keys: jax.Array, values: jax.Array, ragged: Ragged) -> tuple[jax.Array, jax.Array]:
         plan = implementation.plan(ragged, case.num_tokens, case.shape)
         return implementation.attend(q, keys, values, plan, case.shape, case.scoring)
 
@@ -171,8 +174,8 @@ def slots_of(case: Case, problem: Problem) -> np.ndarray:
     return np.concatenate([*slots, np.zeros(0, np.int64)]).astype(np.int32)
 
 
-def solve(name: str, case: Case, problem: Problem) -> np.ndarray:
-    """Write every live token to NaN caches, the padding to block 0, and attend."""
+def solve(name: str, case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Write every live token to NaN caches, the padding to block 0, and attend: output and log-sum-exp."""
     write, attend = programs(name, case)
     rows = case.num_seqs * case.table_width * case.block_size
     empty = np.full((0, case.kv_heads, case.head_dim), np.nan, case.dtype)
@@ -182,7 +185,8 @@ def solve(name: str, case: Case, problem: Problem) -> np.ndarray:
         padded.append(np.pad(live, ((0, rows - len(live)), (0, 0), (0, 0)), constant_values=np.nan))
     slots = slots_of(case, problem)
     keys, values = write(*nan_caches(name, case), *padded, np.pad(slots, (0, rows - len(slots))))
-    return np.asarray(attend(problem.q, keys, values, problem.ragged))
+    out, lse = attend(problem.q, keys, values, problem.ragged)
+    return np.asarray(out), np.asarray(lse)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -192,23 +196,55 @@ def test_conforms(name: str, case: Case) -> None:
     @given(batches(case))
     def conforms(batch: tuple[list[Sequence], int]) -> None:
         problem = make_problem(case, *batch)
-        out, expected = solve(name, case, problem), dense(case, problem)
-        assert out.dtype == np.float32
+        (out, lse), (expected, expected_lse) = solve(name, case, problem), dense(case, problem)
+        assert out.dtype == lse.dtype == np.float32
         assert np.isfinite(out).all()
         assert np.linalg.norm(out - expected) <= case.tolerance * np.linalg.norm(expected)
-        assert not out[problem.ragged.cu_q_lens[-1] :].any()
+        live = problem.ragged.cu_q_lens[-1]
+        np.testing.assert_allclose(lse[:live], expected_lse[:live], atol=10 * case.tolerance)
+        assert not out[live:].any() and (lse[live:] <= NOTHING).all()
 
     conforms()
 
 
 @pytest.mark.parametrize("name", PAGED_ATTENTION)
-def test_the_output_has_the_dtype_of_the_queries(name: str) -> None:
+def test_queries_of_lower_precision(name: str) -> None:
     case = CASES["bfloat16"]
     problem = make_problem(case, [Sequence(2, 9), Sequence(1, 4)], 0)
-    out = solve(name, case, problem._replace(q=problem.q.astype(jnp.bfloat16)))
-    assert out.dtype == jnp.bfloat16
-    expected = dense(case, problem)
-    assert np.linalg.norm(out.astype(np.float64) - expected) < 2e-2 * np.linalg.norm(expected)
+    out, _ = solve(name, case, problem._replace(q=problem.q.astype(jnp.bfloat16)))
+    expected, _ = dense(case, problem)
+    assert np.linalg.norm(out - expected) < 2e-2 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    "case", [CASES["plain"], CASES["several tiles"], CASES["decode many"]], ids=["plain", "tiles", "decode"]
+)
+@pytest.mark.parametrize("name", PAGED_ATTENTION)
+def test_a_context_cut_in_two_merges_exactly(name: str, case: Case) -> None:
+    """Each of two ranks has every other key of each sequence; some see nothing at all."""
+    case = replace(case, window=None)
+
+    @settings(max_examples=15)
+    @given(batches(case))
+    def merges(batch: tuple[list[Sequence], int]) -> None:
+        problem = make_problem(case, *batch)
+        parts = [solve(name, case, part_of(problem, rank)) for rank in range(2)]
+        outs, lses = (np.stack(x) for x in zip(*parts, strict=True))
+        weights = np.exp(lses - lses.max(0))
+        merged = (outs * weights[..., None]).sum(0) / weights.sum(0)[..., None]
+        expected, _ = dense(case, problem)
+        assert np.linalg.norm(merged - expected) <= case.tolerance * np.linalg.norm(expected)
+
+    merges()
+
+
+def part_of(problem: Problem, rank: int) -> Problem:
+    """What one of two ranks has of the problem: keys rank, rank + 2, ... of every sequence."""
+    ragged = problem.ragged._replace(
+        kv_lens=(problem.ragged.kv_lens + 1 - rank) // 2, visible=(problem.ragged.visible + 1 - rank) // 2
+    )
+    keys, values = ([x[rank::2] for x in side] for side in (problem.keys, problem.values))
+    return problem._replace(keys=keys, values=values, ragged=ragged)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
