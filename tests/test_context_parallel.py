@@ -33,14 +33,8 @@ def test_the_same_tokens_on_every_mesh(
 
 
 def test_swapped_and_found_again(make_llm: MakeLLM, odd_model: Path, alone: list[RequestOutput]) -> None:
-    llm = make_llm(
-        odd_model,
-        mesh="cp=2",
-        num_gpu_blocks_override=13,
-        swap_space=0.01,
-        preemption_mode="swap",
-        num_scheduler_steps=4,
-    )
+    swapping = {"num_gpu_blocks_override": 13, "swap_space": 0.01, "preemption_mode": "swap"}
+    llm = make_llm(odd_model, mesh="cp=2", num_scheduler_steps=4, **swapping)
     for _ in range(2):
         assert_same(run(llm, *workload()), alone)
     assert llm.get_metrics().scheduler.num_swapped_out > 0
@@ -66,9 +60,8 @@ def test_blocks_are_dealt_out(make_llm: MakeLLM, odd_model: Path) -> None:
     state = llm.engine.runner.state
     assert state is not None
     after = [np.asarray(shard.data) for shard in state.keys[0].addressable_shards]
-    written = [
-        set(np.nonzero((a != b).any(axis=(0, 2, 3, 4)))[0].tolist()) - {0} for a, b in zip(after, before, strict=True)
-    ]
+    changed = [(a != b).any(axis=(0, 2, 3, 4)) for a, b in zip(after, before, strict=True)]
+    written = [set(np.nonzero(c)[0].tolist()) - {0} for c in changed]
     assert len(written) == 2 and written[0] == written[1] and len(written[0]) == 2
     block = min(written[0])
     assert (after[0][:, block] != after[1][:, block]).any()
@@ -77,5 +70,5 @@ def test_blocks_are_dealt_out(make_llm: MakeLLM, odd_model: Path) -> None:
 
 def test_windows_are_refused(tmp_path: Path) -> None:
     write_llama(tmp_path, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=9)
-    with pytest.raises(NotImplementedError, match="decode_context_parallel_size=2.*window"):
+    with pytest.raises(NotImplementedError, match=r"decode_context_parallel_size=2.*window"):
         LLM(tmp_path, skip_tokenizer_init=True, use_tqdm_on_load=False, max_model_len=64, mesh="cp=2")

@@ -105,13 +105,13 @@ class _Plan:
             shape = params[name].get_value().shape
             for device, index in sharding.devices_indices_map(shape).items():
                 held[device] += _size(index, shape) * self.dtype.itemsize
-        tp = self.mesh_config.tp
+        kv = self._kv_bytes(self.decoder, self.mesh_config.tp) // self.mesh_config.cp
         devices = [
             {
                 "device": i,
                 **dict(zip(MESH_AXES, coordinates, strict=True)),
                 "weight_bytes": held[mesh.devices[coordinates]],
-                "kv_bytes_per_token": self._kv_bytes(self.decoder, tp),
+                "kv_bytes_per_token": kv,
             }
             for i, coordinates in enumerate(_coordinates(mesh))
         ]

@@ -81,6 +81,9 @@ class ModelFlags(CheckpointFlags):
     ] = 1
     data_parallel_size: Annotated[int, _mesh("--data-parallel-size", "-dp", help="Replicas.")] = 1
     pipeline_parallel_size: Annotated[int, _mesh("--pipeline-parallel-size", "-pp", help="Stages of layers.")] = 1
+    decode_context_parallel_size: Annotated[
+        int, _mesh("--decode-context-parallel-size", "-dcp", help="Devices that share each sequence's KV blocks.")
+    ] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
