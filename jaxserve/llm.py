@@ -13,6 +13,7 @@ from tqdm import tqdm
 from jaxserve.build import build_engine
 from jaxserve.engine import Engine
 from jaxserve.engine_args import EngineArgs, EngineOptions
+from jaxserve.layer_digest import LayerDigest, layer_digests
 from jaxserve.metrics import EngineMetrics
 from jaxserve.outputs import RequestOutput
 from jaxserve.runner import CompileRecord
@@ -107,6 +108,11 @@ class LLM:
     def get_metrics(self) -> EngineMetrics:
         """Counters since the engine was made."""
         return self.engine.metrics
+
+    def layer_digests(self, prompt: Prompt) -> list[LayerDigest]:
+        """Mean, rms and largest value of every layer's output for a prompt: compared between two meshes or dtypes by
+        ``layer_digest.first_difference``, they name the first layer that differs."""
+        return layer_digests(self.engine.runner, self._read(prompt)["prompt_token_ids"])
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix, as after a change of weights. Always succeeds: running requests keep the blocks

@@ -11,13 +11,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from sharding.rules import ShardingRules
+
 MESH_AXES = ("dp", "pp", "cp", "tp")
 """Outermost first: tp varies fastest, so its collectives stay between neighbouring devices."""
 
 
+LINKS = ("nvlink", "pcie", "infiniband")
+"""What an axis may communicate over."""
+TABLES = {
+    "axes": "sizes of the axes",
+    "devices": "order = [...]: the devices in the order of the mesh, by their place in jax.devices()",
+    "links": "what each axis communicates over",
+    "rules": "mesh axis or axes of a logical axis, where it is not that of ShardingRules",
+    "xla_flags": 'flags by version of jax, such as "0.11" = [...]',
+}
+"""Of a mesh file; all but ``axes`` may be left out."""
+
+Pairs = tuple[tuple[str, Any], ...]
+
+
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes.
+    """Sizes of the mesh axes, and what a mesh file may say besides.
 
     dp: replicas, each with its own KV blocks; pp: pipeline stages; cp: ranks that share one context;
     tp: ranks that share heads, feed-forward columns and vocabulary.
@@ -27,12 +43,49 @@ class MeshConfig:
     pp: int = 1
     cp: int = 1
     tp: int = 1
+    device_order: tuple[int, ...] = ()
+    """Devices in the order of the mesh, by their place in ``jax.devices()``; () = as they come."""
+    links: Pairs = ()
+    """(axis, one of ``LINKS``): for those who read the config, and for plans."""
+    rules: Pairs = ()
+    """(logical axis, mesh axes) that replace entries of ``ShardingRules``."""
+    xla_flags: Pairs = ()
+    """(version of jax, flags): the flags under the longest version that jax's own begins with are set."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            size = getattr(self, field.name)
+        for axis in MESH_AXES:
+            size = getattr(self, axis)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"mesh axis {field.name}={size!r}: a size is a whole number of at least 1")
+                raise ValueError(f"mesh axis {axis}={size!r}: a size is a whole number of at least 1")
+        if self.device_order and sorted(self.device_order) != list(range(self.num_devices)):
+            raise ValueError(
+                f"mesh devices.order={list(self.device_order)}: it names each of 0 to {self.num_devices - 1} once"
+            )
+        for axis, link in self.links:
+            if axis not in MESH_AXES or link not in LINKS:
+                raise ValueError(
+                    f"mesh links.{axis}={link!r}: axes are {', '.join(MESH_AXES)}, links {', '.join(LINKS)}"
+                )
+        for logical, axes in self.rules:
+            unknown = [a for a in axes if a not in MESH_AXES]
+            if unknown:
+                raise ValueError(f"mesh rules.{logical}: {unknown[0]!r} is no mesh axis ({', '.join(MESH_AXES)})")
+
+    def flags_for(self, version: str) -> tuple[str, ...]:
+        """XLA flags for this version of jax."""
+        fitting = [(key, flags) for key, flags in self.xla_flags if f"{version}.".startswith(f"{key}.")]
+        return max(fitting, key=lambda pair: len(pair[0]), default=("", ()))[1]
+
+    @property
+    def sharding_rules(self) -> ShardingRules:
+        """The rules, with this mesh's own entries; ValueError for a logical axis that does not exist."""
+        from sharding.rules import ShardingRules
+
+        known = [f.name for f in fields(ShardingRules)]
+        unknown = [logical for logical, _ in self.rules if logical not in known]
+        if unknown:
+            raise ValueError(f"mesh rules.{unknown[0]}: no such logical axis; there are {', '.join(known)}")
+        return ShardingRules(**{logical: axes[0] if len(axes) == 1 else axes or None for logical, axes in self.rules})
 
     @property
     def num_devices(self) -> int:
@@ -48,7 +101,7 @@ class MeshConfig:
     @classmethod
     def parse(cls, text: str) -> MeshConfig:
         """Read ``"dp=2,tp=4"``; an axis that is not named has size 1."""
-        sizes: dict[str, int] = {}
+        sizes: dict[str, Any] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             axis, _, size = part.partition("=")
             if axis not in MESH_AXES or not size.isdigit() or axis in sizes:
@@ -58,24 +111,36 @@ class MeshConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> MeshConfig:
-        """Read a TOML file whose ``[axes]`` table gives the sizes."""
+        """Read a TOML file with a table ``[axes]`` and perhaps others of ``TABLES``."""
         with open(path, "rb") as f:
             try:
-                table = tomllib.load(f)
+                file = tomllib.load(f)
             except tomllib.TOMLDecodeError as error:
                 raise ValueError(f"mesh file {path}: {error}") from None
-        axes = table.get("axes")
-        known = axes if isinstance(axes, dict) else {}
-        unknown = sorted(set(table) - {"axes"}) or sorted(set(known) - set(MESH_AXES))
+        axes = file.get("axes")
+        unknown = sorted(set(file) - set(TABLES)) or sorted(
+            set(axes if isinstance(axes, dict) else {}) - set(MESH_AXES)
+        )
+        tables = ", ".join(f"[{name}] ({what})" for name, what in TABLES.items())
         if unknown or not isinstance(axes, dict):
             raise ValueError(
                 f"mesh file {path}: {f'unknown key {unknown[0]!r}' if unknown else 'no [axes] table'}; "
-                f"it holds one table [axes] with sizes for {', '.join(MESH_AXES)}"
+                f"axes are {', '.join(MESH_AXES)}, and its tables {tables}"
             )
-        return cls(**axes)
+        try:
+            options: dict[str, Any] = {
+                **axes,
+                "device_order": tuple(file.get("devices", {}).get("order", ())),
+                "links": tuple(file.get("links", {}).items()),
+                "rules": tuple((k, _axes(v)) for k, v in file.get("rules", {}).items()),
+                "xla_flags": tuple((k, tuple(v)) for k, v in file.get("xla_flags", {}).items()),
+            }
+            return cls(**options)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"mesh file {path}: {error}") from None
 
     @classmethod
-    def resolve(cls, mesh: MeshConfig | str | Path | None, **sizes: int) -> MeshConfig:
+    def resolve(cls, mesh: MeshConfig | str | Path | None, **sizes: Any) -> MeshConfig:
         """One config from ``mesh`` and the ``*_size`` arguments; where both speak they must agree."""
         if mesh is None:
             return cls(**sizes)
@@ -86,6 +151,11 @@ class MeshConfig:
             if size != 1 and size != getattr(mesh, axis):
                 raise ValueError(f"mesh says {axis}={getattr(mesh, axis)}, the {axis} size argument says {size}")
         return mesh
+
+
+def _axes(value: str | list[str]) -> tuple[str, ...]:
+    """Mesh axes of a rule: a name, several, or "" for none."""
+    return ((value,) if value else ()) if isinstance(value, str) else tuple(value)
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -108,5 +178,6 @@ def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh
                 else ""
             )
         )
-    grid = np.asarray(available[: config.num_devices], dtype=object).reshape(config.shape)
+    order = config.device_order or range(config.num_devices)
+    grid = np.asarray([available[i] for i in order], dtype=object).reshape(config.shape)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

@@ -96,12 +96,12 @@ class _Plan:
         import jax
 
         from jaxserve.weights.loader import abstract_params, param_shardings
-        from sharding import MESH_AXES, ShardingRules, build_mesh
+        from sharding import MESH_AXES, build_mesh
 
         mesh = build_mesh(self.mesh_config, jax.devices("cpu"))
         _, params = abstract_params(self.decoder, self.dtype)
         held = dict.fromkeys(mesh.devices.flat, 0)
-        for name, sharding in param_shardings(params, mesh, ShardingRules()).items():
+        for name, sharding in param_shardings(params, mesh, self.mesh_config.sharding_rules).items():
             shape = params[name].get_value().shape
             for device, index in sharding.devices_indices_map(shape).items():
                 held[device] += _size(index, shape) * self.dtype.itemsize
@@ -117,6 +117,7 @@ class _Plan:
         ]
         return {
             "axes": {axis: getattr(self.mesh_config, axis) for axis in MESH_AXES},
+            "links": dict(self.mesh_config.links),
             "num_devices": self.mesh_config.num_devices,
             "devices": devices,
             "balanced": len({d["weight_bytes"] for d in devices}) == 1,
@@ -215,6 +216,8 @@ def _print_mesh(mesh: dict[str, Any]) -> None:
     pairs = {}
     if mesh["num_devices"] > 1:
         pairs["balance"] = f"{'every' if mesh['balanced'] else 'NOT every'} device holds the same"
+    if mesh["links"]:
+        pairs["links"] = ", ".join(f"{axis} over {link}" for axis, link in mesh["links"].items())
     if notes := _fit_notes(mesh):
         weights, kv = mesh["added_weight_percent"], mesh["added_kv_percent"]
         pairs["fit"] = f"{', '.join(notes)}: {weights:.1f} % more weight memory, {kv:.0f} % more KV cache"

@@ -1,0 +1,113 @@
+"""Mesh files: what they may say, that it is honoured, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import pytest
+from tiny_models import run, tokens_of
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.build import _set_xla_flags
+from sharding import MeshConfig, ShardingRules, build_mesh
+
+EVERYTHING = """
+[axes]
+pp = 2
+tp = 2
+[devices]
+order = [3, 2, 1, 0]
+[links]
+tp = "nvlink"
+pp = "infiniband"
+[rules]
+vocab = "tp"
+mlp = ""
+[xla_flags]
+"0.11" = ["--xla_gpu_a=1"]
+"0.11.2" = ["--xla_gpu_b=2", "--xla_gpu_c=3"]
+"0.1" = ["--xla_gpu_d=4"]
+"""
+
+REORDERED = """
+[axes]
+tp = 2
+[devices]
+order = [1, 0]
+[rules]
+mlp = ""
+"""
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "mesh.toml"
+    path.write_text(text)
+    return path
+
+
+def test_everything(tmp_path: Path) -> None:
+    config = MeshConfig.from_file(write(tmp_path, EVERYTHING))
+    assert (config.shape, config.num_devices, str(config)) == ((1, 2, 1, 2), 4, "dp=1,pp=2,cp=1,tp=2")
+    assert dict(config.links) == {"tp": "nvlink", "pp": "infiniband"}
+    assert config.sharding_rules == ShardingRules(vocab="tp", mlp=None)
+    assert [d.id for d in build_mesh(config).devices.flat] == [3, 2, 1, 0]
+    assert config.flags_for("0.11.2") == ("--xla_gpu_b=2", "--xla_gpu_c=3")
+    assert config.flags_for("0.11.20") == config.flags_for("0.11.3") == ("--xla_gpu_a=1",)
+    assert config.flags_for("0.12.0") == ()
+
+
+def test_what_a_file_says_changes_the_layout_and_not_the_tokens(odd_model: Path, tmp_path: Path) -> None:
+    options = {
+        "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
+        "max_model_len": 64,
+        "max_num_seqs": 4,
+        "decode_buckets": (4,),
+        "max_num_batched_tokens": 32,
+        "token_buckets": (32,),
+    }
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    plain = LLM(odd_model, **options)  # pyright: ignore[reportArgumentType]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    plain = LLM(odd_model, **options)  # pyright: ignore[reportArgumentType]
+    laid_out = LLM(odd_model, mesh=write(tmp_path, REORDERED), **options)  # pyright: ignore[reportArgumentType]
+    down = laid_out.engine.runner.named_params["layers.0.mlp.down"]
+    assert down.sharding.is_fully_replicated
+    assert laid_out.engine.runner.mesh.devices.flat[0].id == 1
+    prompts = [[1, 2, 3], list(range(40))]
+    assert tokens_of(run(laid_out, prompts, params)) == tokens_of(run(plain, prompts, params))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[axes]\ntp = 0", ["tp=0"]),
+        ("[axes]\nep = 2", ["'ep'", "dp, pp, cp, tp"]),
+        ("[shape]\ntp = 2", ["'shape'", "[axes]", "[rules]"]),
+        ("tp = 2", ["'tp'"]),
+        ("[axes]\ntp = 2\n[devices]\norder = [0, 0]", ["devices.order=[0, 0]", "0 to 1"]),
+        ("[axes]\ntp = 2\n[links]\ntp = 'wifi'", ["links.tp='wifi'", "nvlink, pcie, infiniband"]),
+        ("[axes]\ntp = 2\n[rules]\nmlp = 'ep'", ["rules.mlp", "'ep'"]),
+        ("[axes\ntp = 2", ["mesh.toml"]),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        MeshConfig.from_file(write(tmp_path, text))
+    assert all(word in str(error.value) for word in ["mesh.toml", *words])
+
+
+def test_a_rule_for_no_axis(tmp_path: Path) -> None:
+    config = MeshConfig.from_file(write(tmp_path, "[axes]\ntp = 2\n[rules]\nheads = 'tp'"))
+    with pytest.raises(ValueError, match=r"rules\.heads.*kv_heads"):
+        _ = config.sharding_rules
+
+
+def test_flags_that_come_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MeshConfig(xla_flags=((jax.__version__, ("--xla_gpu_e=5",)),))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_e=5")
+    _set_xla_flags(config)  # set already
+    monkeypatch.setenv("XLA_FLAGS", "")
+    with pytest.raises(ValueError, match="--xla_gpu_e=5"):
+        _set_xla_flags(config)
