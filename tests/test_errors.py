@@ -99,8 +99,6 @@ UNSUPPORTED: dict[str, Any] = {
     "enable_lora": True,
     "quantization": "awq",
     "speculative_config": {"num_speculative_tokens": 2},
-    "pipeline_parallel_size": 2,
-    "decode_context_parallel_size": 2,
     "enable_expert_parallel": True,
     "trust_remote_code": True,
 }

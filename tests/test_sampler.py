@@ -126,7 +126,7 @@ def test_truncation_worked_out_by_hand(options: dict[str, float], left: list[int
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=12, max_size=12))
 def test_ordered_bits_order_as_the_floats(values: list[float]) -> None:
-    x = np.array(values, np.float32) + np.float32(0)  # no -0.0, which is less than 0.0 here
+    x = np.array([*values, -0.0, 0.0], np.float32)
     bits = np.asarray(ordered_bits(jnp.asarray(x)))
     np.testing.assert_array_equal(bits[:, None] < bits[None], x[:, None] < x[None])
 
