@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import psutil
+from jax._src import xla_bridge  # nothing public says whether jax has started
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxserve import model_configs
 from jaxserve.config import GIB, FairnessConfig, SchedulerConfig, SwapConfig, decode_buckets, token_buckets
+from jaxserve.batch import Batch, Features
 from jaxserve.device_state import bytes_per_device, kv_bytes_per_block
+from jaxserve.distributed import Job, connect
 from jaxserve.engine import Engine
 from jaxserve.engine_args import EngineArgs
+from jaxserve.journal import Journal, LeaderJournal, LeadingScheduler, RecordedLeader
 from jaxserve.models.config import DecoderConfig
 from jaxserve.models.registry import decoder_config, family_of, load_hf_config
+from jaxserve.placement import placement
 from jaxserve.recording import RecordedScheduler
 from jaxserve.runner import ModelRunner, RunnerConfig
 from jaxserve.scheduler import Scheduler
+from jaxserve.scoring import score_rows
 from jaxserve.tokenizer import load_tokenizer
 from jaxserve.weights.checkpoint import Checkpoint
-from jaxserve.weights.loader import load_params, random_params
+from jaxserve.weights.loader import abstract_params, assemble, load_params, param_shardings, random_params
 from pallas_kernels import dispatch
 from sharding import MeshConfig, ShardingRules, build_mesh
+from sharding.platform import use_cpu_without_gpus
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 CPU_KV_BYTES = 2 * GIB
@@ -38,6 +50,8 @@ COMPILE_CACHE_BYTES = 8 * GIB
 """Largest size of the directory that keeps compiled programs."""
 GPU_SWAP_GIB = 4.0
 """Host memory for preempted requests, per replica of GPUs, unless the user says otherwise."""
+OWN_OPTIONS = ("model", "tokenizer", "process_id", "compilation_cache_dir", "use_tqdm_on_load", "record")
+"""Of one process; it may have the same model in another place. All others are the same in all processes of a job."""
 GPU_RESERVE_BYTES = GIB // 2
 """Left free on a GPU beside weights, step and cache: CUDA context, NCCL buffers, fragmentation."""
 
@@ -103,14 +117,59 @@ def fit(decoder: DecoderConfig, mesh: MeshConfig) -> DecoderConfig:
     return decoder.fit_to(mesh.tp, vocab_shards=mesh.pp * mesh.tp).staged(mesh.pp)
 
 
-def open_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over this process's devices; on a CPU as many as it needs are simulated."""
+def join(args: EngineArgs) -> Job | None:
+    """Meet the other processes of the job, if there are any. To be called before jax starts."""
+    where, mesh = placement(args.coordinator, args.num_processes, args.process_id, os.environ), resolve_mesh(args)
+    if where is not None and mesh.num_devices % where.num_processes:
+        raise ValueError(
+            f"mesh {mesh} has {mesh.num_devices} devices, which {where.num_processes} processes cannot share evenly: "
+            f"make it a multiple of {where.num_processes}"
+        )
+    if where is not None and args.swap_space:
+        raise NotImplementedError(
+            f"swap_space={args.swap_space!r} is not supported with several processes: preempted requests are computed "
+            "again; leave it out"
+        )
+    job = connect(where)
+    if job is not None:
+        job.meet({k: v for k, v in args.as_json().items() if k not in OWN_OPTIONS})
+    return job
+
+
+def open_mesh(config: MeshConfig, num_processes: int = 1) -> Mesh:
+    """The mesh over all devices of this process, or of all of them; on a CPU as many as it needs are simulated."""
+    use_cpu_without_gpus()
+    _set_xla_flags(config)
     try:
         if config.num_devices > 1:
-            jax.config.update("jax_num_cpu_devices", config.num_devices)
+            jax.config.update("jax_num_cpu_devices", config.num_devices // num_processes)
     except RuntimeError:
         pass  # jax has its devices already: build_mesh says if they are too few
+    if num_processes > 1:
+        _check_spans(config, num_processes)
     return build_mesh(config)
+
+
+def _check_spans(config: MeshConfig, num_processes: int) -> None:
+    """ValueError unless the mesh takes every device, and as many of each process."""
+    there = Counter(device.process_index for device in jax.devices())
+    counts = [there[i] for i in range(num_processes)]
+    if config.num_devices != sum(counts) or len(set(counts)) > 1:
+        raise ValueError(
+            f"mesh {config} has {config.num_devices} devices, the {num_processes} processes have {sum(counts)} "
+            f"({', '.join(map(str, counts))}): it takes all of them, and as many of each process"
+        )
+
+
+def _set_xla_flags(config: MeshConfig) -> None:
+    """The mesh file's flags for this jax; they count only if jax has not started."""
+    given = os.environ.get("XLA_FLAGS", "").split()
+    missing = [flag for flag in config.flags_for(jax.__version__) if flag not in given]
+    if not missing:
+        return
+    if xla_bridge.backends_are_initialized():
+        raise ValueError(f"the mesh file's xla_flags come too late, jax has started: set XLA_FLAGS={' '.join(missing)!r}")
+    os.environ["XLA_FLAGS"] = " ".join([*given, *missing])
 
 
 def resolve_dtype(asked: str, hf: Any) -> jnp.dtype:
@@ -147,8 +206,11 @@ def _progress(what: str, shown: bool) -> Callable[[Iterable[Any]], Iterable[Any]
     return lambda items: tqdm(items, desc=what, disable=not shown, leave=False)
 
 
-def build_engine(args: EngineArgs) -> Engine:
-    """Load the model and compile its programs; what comes back is ready to serve."""
+def build_engine(args: EngineArgs, job: Job | None = None) -> Engine:
+    """Load the model and compile its programs; what comes back is ready to serve. ``job``: of several processes, all
+    of which make this call."""
+    if job is not None:
+        args = replace(args, swap_space=0.0, use_tqdm_on_load=args.use_tqdm_on_load and job.is_leader)
     if args.compilation_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", args.compilation_cache_dir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -156,32 +218,91 @@ def build_engine(args: EngineArgs) -> Engine:
         jax.config.update("jax_compilation_cache_max_size", COMPILE_CACHE_BYTES)
     files = ModelFiles.find(args)
     mesh_config = resolve_mesh(args)
-    decoder, rules = fit(files.decoder, mesh_config), ShardingRules()
+    decoder, rules = fit(files.decoder, mesh_config), mesh_config.sharding_rules
     tokenizer = None if args.skip_tokenizer_init else load_tokenizer(args.tokenizer or files.directory)
-    mesh = open_mesh(mesh_config)
+    mesh = open_mesh(mesh_config, 1 if job is None else job.num_processes)
     platform = mesh.devices.flat[0].platform
     model = load_model(files, args, decoder, mesh, rules)
-    dtype = resolve_dtype(args.dtype, files.hf)
-    limits = _limits(args, decoder, platform, dtype, mesh_config)
-    runner = ModelRunner(
-        model,
-        decoder,
-        dispatch.paged_attention(platform, args.attention_backend),
-        _runner_config(args, decoder, limits, platform, dtype),
-        mesh,
-        rules,
-    )
-    limits = replace(limits, num_blocks=_num_blocks(args, runner, limits, platform))
+    runner, limits = _runner(args, files, decoder, model, mesh)
+    num_blocks = _num_blocks(args, runner, limits, platform)
+    limits = replace(limits, num_blocks=num_blocks if job is None else job.least("num_blocks", num_blocks))
     limits = replace(limits, swap=_swap(args, runner, platform))
     num_blocks = tuple(limits.blocks_of(window) for window in limits.windows)
     runner.warm_up(num_blocks, _progress("compiling", args.use_tqdm_on_load), swaps=limits.swap.num_blocks > 0)
     if limits.swap.num_blocks and limits.swap.mode == "auto":
         tokens, moved = runner.measure_rates()
         limits = replace(limits, swap=replace(limits.swap, prefill_tokens_per_second=tokens, bytes_per_second=moved))
-    scheduler = Scheduler(limits)
-    if args.record is not None:
-        scheduler = RecordedScheduler(limits, Path(args.record), args.as_json())
-    return Engine(scheduler, runner, tokenizer, files.eos_token_ids, args.seed, args.async_scheduling)
+    scheduler, journal = _scheduler(args, limits, job)
+    if job is not None:
+        rehearse(runner)
+        job.serve(lambda: runner.is_computing)
+    return Engine(scheduler, runner, tokenizer, files.eos_token_ids, args.seed, args.async_scheduling, journal)
+
+
+def _scheduler(args: EngineArgs, limits: SchedulerConfig, job: Job | None) -> tuple[Scheduler, Journal]:
+    """Of process 0, one that tells the others; it alone writes what is to be recorded."""
+    if job is not None and not job.is_leader:
+        return Scheduler(limits), Journal()
+    record = None if args.record is None else (Path(args.record), args.as_json())
+    if job is None:
+        return Scheduler(limits) if record is None else RecordedScheduler(limits, *record), Journal()
+    scheduler = LeadingScheduler(limits) if record is None else RecordedLeader(limits, *record)
+    journal = LeaderJournal(job)
+    scheduler.lead(journal)
+    return scheduler, journal
+
+
+def rehearse(runner: ModelRunner) -> None:
+    """Run every step once on padding: the processes connect to each other now, and what their libraries print about
+    it does not get among what a command prints."""
+    features = Features(), Features(sampling=True, truncation=True, penalties=True, logit_bias=True)
+    with stdout_to_stderr():
+        for layout in runner.config.layouts:
+            buffer = np.zeros((runner.mesh.shape["dp"], layout.num_words), np.int32)
+            for wanted in features:
+                batches = [Batch(layout, buffer, wanted)] * runner.decoder.num_stages
+                pending = runner.tick(batches) if len(batches) > 1 else runner.step(batches[0])
+                pending.output()
+                if pending.hidden is not None:
+                    score_rows(pending, runner, [(0, 0)], [0], 0)
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """For what libraries written in C++ print."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def abstract_runner(args: EngineArgs, files: ModelFiles, mesh: Mesh) -> tuple[ModelRunner, SchedulerConfig]:
+    """A runner without weights on ``mesh``, whose devices need not be there: its programs can be compiled, not run.
+    And the scheduler's limits, but for the number of blocks."""
+    config, dtype = resolve_mesh(args), resolve_dtype(args.dtype, files.hf)
+    decoder = fit(files.decoder, config)
+    graph, params = abstract_params(decoder, dtype)
+    shardings = param_shardings(params, mesh, config.sharding_rules)
+    arrays = {
+        name: jax.ShapeDtypeStruct(p.get_value().shape, dtype, sharding=shardings[name]) for name, p in params.items()
+    }
+    return _runner(args, files, decoder, (graph, assemble(params, arrays)), mesh)
+
+
+def _runner(
+    args: EngineArgs, files: ModelFiles, decoder: DecoderConfig, model: tuple[Any, Any], mesh: Mesh
+) -> tuple[ModelRunner, SchedulerConfig]:
+    """With the scheduler's limits, but for the number of blocks."""
+    platform, dtype = mesh.devices.flat[0].platform, resolve_dtype(args.dtype, files.hf)
+    mesh_config = resolve_mesh(args)
+    limits = _limits(args, decoder, platform, dtype, mesh_config)
+    config = _runner_config(args, decoder, limits, platform, dtype)
+    attention = dispatch.paged_attention(platform, args.attention_backend)
+    return ModelRunner(model, decoder, attention, config, mesh, mesh_config.sharding_rules), limits
 
 
 def _limits(
@@ -290,8 +411,14 @@ def _num_blocks(args: EngineArgs, runner: ModelRunner, limits: SchedulerConfig, 
             f"no room for KV blocks: {source} leaves {available:,} bytes on each device, a block of "
             f"{limits.block_size} tokens takes {needed(2) // 2:,}, and at least 2 are needed"
         )
+    return blocks_that_fit(runner, limits, available)
+
+
+def blocks_that_fit(runner: ModelRunner, limits: SchedulerConfig, available: int) -> int:
+    """KV blocks per replica in so many bytes on each device, no more than could be used."""
     useful = 1 + limits.max_num_seqs * limits.blocks_per_sequence
-    return bisect_right(range(useful + 1), available, lo=2, key=needed) - 1
+    sizes = range(useful + 1)
+    return bisect_right(sizes, available, lo=2, key=lambda n: kv_bytes(runner, replace(limits, num_blocks=n))) - 1
 
 
 def kv_bytes(runner: ModelRunner, limits: SchedulerConfig) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxserve.batch import BatchBuilder
 from jaxserve.completion import Completion, RequestGroup
+from jaxserve.journal import Journal
 from jaxserve.metrics import EngineMetrics
 from jaxserve.outputs import RequestMetrics, RequestOutput
 from jaxserve.pipeline import Pipeline
@@ -44,7 +45,9 @@ class Engine:
         eos_token_ids: Sequence[int],
         seed: int = 0,
         async_scheduling: bool = True,
+        journal: Journal | None = None,
     ) -> None:
+        """``journal``: of an engine of several processes, what the others have to do too."""
         self.scheduler, self.runner, self.tokenizer = scheduler, runner, tokenizer
         self.eos_token_ids, self.seed = tuple(eos_token_ids), seed
         self.async_scheduling = async_scheduling
@@ -56,6 +59,7 @@ class Engine:
         self._num_requests = 0
         self._in_flight: InFlight | None = None
         self._pipeline = Pipeline(runner, scheduler.config) if scheduler.config.num_stages > 1 else None
+        self.journal = journal or Journal()
         self._seen_busy: float | None = None  # when a step was last known to be running
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -157,7 +161,8 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """One step of every replica. Returns the outputs of the requests that advanced."""
         try:
-            return self._overlapped_step() if self.async_scheduling else self._plain_step()
+            with self.journal:
+                return self._overlapped_step() if self.async_scheduling else self._plain_step()
         except BaseException:
             # Blocks may be named whose contents were never computed, and nobody will read what is in flight.
             self._in_flight = None
@@ -183,6 +188,7 @@ class Engine:
             self._land(last)
         if not self._groups and self._pipeline is not None:
             self._pipeline.clear()
+            self.journal.write("clear")
         return outputs
 
     def _start(self) -> InFlight | None:
@@ -214,7 +220,8 @@ class Engine:
         output = step.pending.output()
         landed = self._seen_busy = time.perf_counter()
         tokens = output.rows(step.schedule)
-        add_logprobs(step.schedule, tokens, step.pending, self._owners, self.runner, self.tokenizer)
+        owners, announce = self._owners, self.journal.send
+        add_logprobs(step.schedule, tokens, step.pending, owners, self.runner, self.tokenizer, announce)
         self.metrics.num_late_rows += sum(
             s.request.status is Status.FINISHED for rows in step.schedule.replicas for s in rows
         )

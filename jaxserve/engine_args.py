@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from jaxserve.config import FairnessConfig, PreemptionMode
+from jaxserve.placement import check as check_placement
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "orbax", "dummy")
@@ -58,6 +59,9 @@ class EngineOptions(TypedDict, total=False):
     compilation_cache_dir: str | None
     use_tqdm_on_load: bool
     record: str | Path | None
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
     quantization: None
     speculative_config: None
     enable_lora: bool
@@ -148,6 +152,13 @@ class EngineArgs:
     """Progress bars while loading and compiling."""
     record: str | Path | None = None
     """File that every event and decision of the scheduler is written to, for ``scripts/replay_schedule.py``."""
+    coordinator: str | None = None
+    """HOST:PORT at which process 0 listens, where several processes (one per host) are one engine. This and the two
+    below are found by themselves under Slurm, MPI and Kubernetes: ``docs/launch/README.md``."""
+    num_processes: int | None = None
+    """How many there are; 1 = only this one, whatever started it."""
+    process_id: int | None = None
+    """Which this one is, from 0."""
     quantization: None = None
     speculative_config: None = None
     enable_lora: bool = False
@@ -166,6 +177,7 @@ class EngineArgs:
             raise ValueError(f"swap_space={self.swap_space!r}: it is a number of GiB, 0 or more")
         if self.record is not None and not Path(self.record).absolute().parent.is_dir():
             raise ValueError(f"record={str(self.record)!r}: {Path(self.record).parent} is no directory")
+        check_placement(self.coordinator, self.num_processes, self.process_id)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: it is above 0 and at most 1")
         self._refuse_unsupported()

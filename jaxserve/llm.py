@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Any, Unpack
 
 from tqdm import tqdm
 
-from jaxserve.build import build_engine
+from jaxserve.build import build_engine, join
 from jaxserve.engine import Engine
 from jaxserve.engine_args import EngineArgs, EngineOptions
 from jaxserve.layer_digest import LayerDigest, layer_digests
+from jaxserve.follower import Follower
 from jaxserve.metrics import EngineMetrics
 from jaxserve.outputs import RequestOutput
 from jaxserve.runner import CompileRecord
@@ -29,12 +32,27 @@ class LLM:
 
     ``LLM("demo")``, ``LLM("path/to/checkpoint", tensor_parallel_size=4)``. ``EngineArgs`` lists the options;
     raises ValueError, NotImplementedError or FileNotFoundError with one clear line where they cannot be met.
+
+    Where several processes are one engine, all run the same script, and only process 0 comes back from the
+    constructor: the others compute with it until it ends or calls ``close``, and then exit (SystemExit).
     """
 
     def __init__(self, model: str | Path, **options: Unpack[EngineOptions]) -> None:
         self.args = EngineArgs.of(model, **options)
-        self.engine: Engine = build_engine(self.args)
+        job = join(self.args)
+        with nullcontext() if job is None else job.reporting():
+            self.engine: Engine = build_engine(self.args, job)
+        if job is not None and not job.is_leader:
+            Follower(self.engine, job).run()
+            raise SystemExit(0)
+        if job is not None:
+            atexit.register(self.close)
         self._next_id = 0
+
+    def close(self) -> None:
+        """Let the other processes of the job end, if there are any; nothing can be generated afterwards. Happens by
+        itself at the end of the program."""
+        self.engine.journal.close()
 
     def generate(
         self,

@@ -13,11 +13,13 @@ from jaxserve.build import build_engine
 from jaxserve.config import GIB, SchedulerConfig
 from jaxserve.engine import Engine
 from jaxserve.engine_args import EngineArgs
+from jaxserve.logit_edits import edits_logits
 from jaxserve.pipeline import Pipeline
 from jaxserve.recording import Recording
 from jaxserve.request import Request, Status
 from jaxserve.runner import PendingStep
 from jaxserve.scheduler import SchedulerOutput
+from jaxserve.scoring import score_rows
 from jaxserve.slot_rows import SlotRows
 from jaxserve.tokenizer import bad_word_token_sequences
 
@@ -80,7 +82,8 @@ class ModelDevice:
         if request.params.bad_words and self.tokenizer is not None:
             bad_words = bad_word_token_sequences(self.tokenizer, request.params.bad_words)
         self._slot_rows.add(request, sorted(request.stop_token_ids), bad_words)
-        self._requests.append(request)
+        if edits_logits(request.params):
+            self._requests.append(request)
 
     def start(self, output: SchedulerOutput) -> None:
         """Start a step, as ``Engine`` does."""
@@ -98,10 +101,23 @@ class ModelDevice:
 
     def tokens(self, output: SchedulerOutput) -> list[list[list[int]]]:
         """Wait for a step; those before it that nobody asked for are let go."""
-        while True:
-            started, pending = self._pending.popleft()
-            if started is output:
-                return pending.output().rows(output)
+        pending = self._find(output)
+        self._pending.popleft()
+        return pending.output().rows(output)
+
+    def score(self, output: SchedulerOutput, rows: list[list[int]], targets: list[int], num_top: int) -> None:
+        """Compute log-probabilities of a step, for the sake of other processes that do so too."""
+        score_rows(self._find(output), self.runner, rows, targets, num_top)
+
+    def clear(self) -> None:
+        """Nobody waits for what is in the pipeline."""
+        if self._pipeline is not None:
+            self._pipeline.clear()
+
+    def _find(self, output: SchedulerOutput) -> PendingStep:
+        while self._pending[0][0] is not output:
+            self._pending.popleft()
+        return self._pending[0][1]
 
     def _forget_finished(self) -> None:
         for request in self._requests:

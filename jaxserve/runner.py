@@ -137,7 +137,12 @@ class ModelRunner:
         self.state: DeviceState | None = None
         self.swapped: SwappedBlocks | None = None
         self.compiled: list[CompileRecord] = []
+        self.compiler_options: dict[str, Any] = {}
+        """Of XLA, for programs that are compiled from now on."""
         self.warm = False
+        self.last_started: PendingStep | None = None
+        self.is_shared = len({device.process_index for device in mesh.devices.flat}) > 1
+        """Whether the mesh is that of several processes, all of which make the same calls with the same arguments."""
         self._made = time.perf_counter()
         self._programs: dict[Any, Any] = {}
         self._replicated = NamedSharding(mesh, PartitionSpec())
@@ -152,7 +157,7 @@ class ModelRunner:
                 raise RuntimeError(f"program {name} was not compiled at warm-up: please report this as a bug")
             start = time.perf_counter()
             with jax.set_mesh(self.mesh):
-                self._programs[key] = lower().compile()
+                self._programs[key] = lower().compile(self.compiler_options or None)
             seconds = time.perf_counter() - start
             self.compiled.append(CompileRecord(name, start - self._made, seconds))
         return self._programs[key]
@@ -186,7 +191,10 @@ class ModelRunner:
 
         def lower() -> Any:
             static = 3 + len(batches)
-            step = jax.jit(traced, static_argnums=static, donate_argnums=1, out_shardings=(None, None, shardings))
+            outputs = (None, None)
+            if self.is_shared:  # every process reads the tokens
+                outputs = (self._replicated, None if layout.num_steps > 1 else self._hidden_sharding)
+            step = jax.jit(traced, static_argnums=static, donate_argnums=1, out_shardings=(*outputs, shardings))
             return step.lower(self.params, state, *batches, wanted, layout)
 
         times = f", steps={layout.num_steps}" if layout.num_steps > 1 else ""
@@ -202,7 +210,9 @@ class ModelRunner:
         name = f"score[rows={rows}, {'whole vocabulary' if whole else f'top {TOP_LOGPROBS}'}]"
 
         def lower() -> Any:
-            return jax.jit(self.traced.score, static_argnums=3).lower(self.params, hidden, targets, num_top)
+            shardings = self._replicated if self.is_shared else None
+            score = jax.jit(self.traced.score, static_argnums=3, out_shardings=shardings)
+            return score.lower(self.params, hidden, targets, num_top)
 
         return self.compile(name, ("score", rows, whole), lower)
 
@@ -221,6 +231,29 @@ class ModelRunner:
             return write.lower(self.state.sampler, at, bias, counts)
 
         return self.compile("write_slot", "write_slot", lower)
+
+    def _gather_program(self, num_tokens: int) -> Any:
+        """The hidden states that count of a step's, where every process can read them."""
+        stages = (self.decoder.num_stages,) if self.decoder.num_stages > 1 else ()
+        shape = (*stages, self.mesh.shape["dp"], num_tokens, self.decoder.hidden_size)
+        hidden = jax.ShapeDtypeStruct(shape, self.params[0].dtype, sharding=self._hidden_sharding)
+
+        def lower() -> Any:
+            return jax.jit(lambda x: x[0] if stages else x, out_shardings=self._replicated).lower(hidden)
+
+        return self.compile(f"gather[tokens={num_tokens}]", ("gather", num_tokens), lower)
+
+    @property
+    def _hidden_sharding(self) -> NamedSharding:
+        stages = ("stage",) if self.decoder.num_stages > 1 else ()
+        return NamedSharding(self.mesh, self.rules.spec((*stages, "replica", None, None)))
+
+    def _global(self, array: np.ndarray, axes: tuple[str | None, ...]) -> Any:
+        """An argument of a program: as it is, or of several processes one array of them all."""
+        if not self.is_shared:
+            return array
+        sharding = NamedSharding(self.mesh, self.rules.spec(axes))
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     def model(self) -> Decoder:
         """The decoder over the runner's parameters."""
@@ -248,6 +281,9 @@ class ModelRunner:
             for whole in (False, True):
                 self._score_program(rows, whole)
         self._write_slot_program()
+        if self.is_shared:
+            for layout in self.config.layouts:
+                self._gather_program(layout.num_tokens)
         if swaps:
             self.swapped = SwappedBlocks(self.state, self.config.layer_groups, self.rules, self.compile)
         self.warm = True
@@ -286,8 +322,22 @@ class ModelRunner:
 
     def _start(self, layout: BatchLayout, buffers: list[np.ndarray], sampled: Batch) -> PendingStep:
         program = self.step_program(layout, self.num_blocks)
-        tokens, hidden, self.state = program(self.params, self.state, *buffers, sampled.features.as_array())
-        return PendingStep(tokens, hidden)
+        batches = [self._global(b, (*("stage",) * (b.ndim - 2), "replica", None)) for b in buffers]
+        wanted = self._global(sampled.features.as_array(), (None,))
+        tokens, hidden, self.state = program(self.params, self.state, *batches, wanted)
+        self.last_started = PendingStep(tokens, hidden)
+        return self.last_started
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether the step that was started last is not done."""
+        return self.last_started is not None and not self.last_started.is_ready()
+
+    def states(self, pending: PendingStep) -> np.ndarray:
+        """Wait for a step's hidden states [dp, T, D]."""
+        if not self.is_shared or pending.hidden is None:
+            return pending.states()
+        return np.asarray(self._gather_program(pending.hidden.shape[-2])(pending.hidden))
 
     def move_blocks(self, outs: Iterable[Move], ins: Iterable[Move], dropped: Iterable[tuple[int, int]]) -> None:
         """Between steps: copy blocks to host memory, then others back, and forget what nobody needs. A move is
@@ -306,11 +356,12 @@ class ModelRunner:
         """Set a slot's row of the sampler state: bias float32 [V]; counts int32 [V], None to let them be."""
         assert self.state is not None
         padding = (0, self.decoder.vocab_padding)
+        counted = np.zeros(len(bias), np.int32) if counts is None else counts
         row = self._write_slot_program()(
             self.state.sampler,
-            np.array([replica, slot, counts is not None], np.int32),
-            np.pad(bias, padding),
-            np.pad(np.zeros(len(bias), np.int32) if counts is None else counts, padding),
+            self._global(np.array([replica, slot, counts is not None], np.int32), (None,)),
+            self._global(np.pad(bias, padding), ("vocab",)),
+            self._global(np.pad(counted, padding), ("vocab",)),
         )
         self.state = self.state._replace(sampler=row)
 
@@ -326,7 +377,8 @@ class ModelRunner:
             missing = rows * dp - len(t)
             h = np.pad(h, ((0, missing), (0, 0))).reshape(dp, rows, -1)
             t_padded = np.pad(t, (0, missing)).astype(np.int32).reshape(dp, rows)
-            outputs = self._score_program(rows, whole)(self.params, h, t_padded)
+            inputs = self._global(h, ("replica", None, None)), self._global(t_padded, ("replica", None))
+            outputs = self._score_program(rows, whole)(self.params, *inputs)
             flat = [np.asarray(x).reshape(rows * dp, *x.shape[2:])[: len(t)] for x in outputs]
             parts.append(_rank_whole(flat[0], t, num_top, self.decoder.vocab_size) if whole else Scores(*flat))
             at += len(t)

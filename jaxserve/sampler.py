@@ -10,6 +10,8 @@ top_k -> top_p.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -52,12 +54,27 @@ class Wanted(NamedTuple):
     logit_bias: Array
 
 
-def sample(logits: Array, rows: SamplingRows, wanted: Wanted, state: SamplerState) -> Array:
-    """Next token ids, int32 [dp, S], from float32 logits [dp, S, V]."""
+Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+"""Pins an array to the devices that its logical axes name."""
+LOGITS = ("replica", None, "vocab")
+
+
+def sample(
+    logits: Array,
+    rows: SamplingRows,
+    wanted: Wanted,
+    state: SamplerState,
+    constrain: Constrain = lambda x, axes: x,
+) -> Array:
+    """Next token ids, int32 [dp, S], from float32 logits [dp, S, V].
+
+    What a ``cond`` gives is pinned: on GPUs XLA would otherwise give every device all of it, and gather the logits.
+    """
     with jax.named_scope("sample"):
-        logits = jax.lax.cond(wanted.logit_bias, _add_bias, _unchanged, logits, rows, state)
-        logits = jax.lax.cond(wanted.penalties, _penalize, _unchanged, logits, rows, state)
-        return jax.lax.cond(wanted.sampling, _sample_rows, _greedy, logits, rows, wanted)
+        logits = constrain(jax.lax.cond(wanted.logit_bias, _add_bias, _unchanged, logits, rows, state), LOGITS)
+        logits = constrain(jax.lax.cond(wanted.penalties, _penalize, _unchanged, logits, rows, state), LOGITS)
+        draw = partial(_sample_rows, constrain=constrain)
+        return constrain(jax.lax.cond(wanted.sampling, draw, _greedy, logits, rows, wanted), ("replica", None))
 
 
 def _unchanged(logits: Array, rows: SamplingRows, state: SamplerState) -> Array:
@@ -97,11 +114,11 @@ def _greedy(logits: Array, rows: SamplingRows, wanted: Wanted) -> Array:
     return argmax(logits)
 
 
-def _sample_rows(logits: Array, rows: SamplingRows, wanted: Wanted) -> Array:
+def _sample_rows(logits: Array, rows: SamplingRows, wanted: Wanted, constrain: Constrain) -> Array:
     """Gumbel-max over the tokens that min_p, top_k and top_p leave; greedy rows stay greedy."""
     greedy = rows.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, rows.temperature)[..., None]
-    kept = jax.lax.cond(wanted.truncation, _truncate, lambda x, _: x, scaled, rows)
+    kept = constrain(jax.lax.cond(wanted.truncation, _truncate, lambda x, _: x, scaled, rows), LOGITS)
     drawn = argmax(kept + _gumbel(rows, logits.shape[-1]))
     return jnp.where(greedy, argmax(logits), drawn)
 
@@ -137,8 +154,9 @@ def _truncate(scaled: Array, rows: SamplingRows) -> Array:
 
 
 def ordered_bits(x: Array) -> Array:
-    """uint32 keys that compare as the floats do."""
+    """uint32 keys that compare as the floats do; both zeros are equal."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = jnp.where(bits == jnp.uint32(1 << 31), jnp.uint32(0), bits)  # -0.0
     negative = (bits >> 31) == 1
     return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxserve.completion import Completion, RequestGroup, logprob_entry
 from jaxserve.request import Request, Status
-from jaxserve.runner import ModelRunner, PendingStep
+from jaxserve.runner import ModelRunner, PendingStep, Scores
 from jaxserve.scheduler import Scheduled, SchedulerOutput
 
 Owners = dict[str, tuple[RequestGroup, Completion]]
@@ -36,17 +36,17 @@ def add_logprobs(
     owners: Owners,
     runner: ModelRunner,
     tokenizer: Any | None,
+    announce: Callable[..., None],
 ) -> None:
     """Compute what the rows of a step want, with a second program over the step's hidden states, and hand it to the
-    completions."""
+    completions. ``announce`` is told the arguments of ``score_rows`` first: other processes have to compute it too."""
     wanted = [w for i, rows in enumerate(schedule.replicas) for w in _wanted(i, rows, tokens[i], owners)]
     if not wanted:
         return
-    states = pending.states()
-    rows = np.stack([states[w.replica, w.row] for w in wanted])
-    targets = np.array([w.target for w in wanted])
+    rows, targets = [(w.replica, w.row) for w in wanted], [w.target for w in wanted]
     num_top = -1 if any(w.num_top < 0 for w in wanted) else max(w.num_top for w in wanted)
-    scores = runner.score(rows, targets, num_top)
+    announce("score", rows, targets, num_top)
+    scores = score_rows(pending, runner, rows, targets, num_top)
     for i, w in enumerate(wanted):
         top = slice(None) if w.num_top < 0 else slice(w.num_top)
         chosen = (w.target, float(scores.target[i]), int(scores.rank[i]))
@@ -60,6 +60,15 @@ def add_logprobs(
             group.prompt_logprobs.append(entry)
         else:
             completion.add_logprobs(entry, w.target)
+
+
+def score_rows(
+    pending: PendingStep, runner: ModelRunner, rows: Sequence[Sequence[int]], targets: Sequence[int], num_top: int
+) -> Scores:
+    """Log-probabilities of ``targets`` after rows (replica, row) of a step, and of the ``num_top`` likeliest tokens
+    (-1: all)."""
+    states = runner.states(pending)
+    return runner.score(np.stack([states[replica, row] for replica, row in rows]), np.array(targets), num_top)
 
 
 def _wanted(replica: int, rows: list[Scheduled], tokens: list[list[int]], owners: Owners) -> Iterator[Wanted]:

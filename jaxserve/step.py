@@ -103,8 +103,9 @@ class Step:
         assert state.activations is not None
         passed = state.activations[:, :, : layout.num_tokens]
         caches, moved = self._stages(params, (state.keys, state.values), passed, x, staged, layout)
-        # What the last stage passed on has come round to the first.
-        rows = jnp.take_along_axis(moved[0], last["logits_indices"][..., None], axis=1)
+        # What the last stage passed on has come round to the first. Every stage takes its rows, and one's are sent.
+        rows = jnp.take_along_axis(moved, last["logits_indices"][None, ..., None], axis=2)[0]
+        rows = self.constrain(rows, WHOLE_AXES)
         logits = self._logits(model, model.normalize(rows))
         activations = state.activations.at[:, :, : layout.num_tokens].set(moved)
         activations = state.activations.at[:, :, : layout.num_tokens].set(moved)

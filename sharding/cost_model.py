@@ -188,14 +188,16 @@ class Collective:
 
 
 def layer_collectives(shape: ModelShape, step: Step, mesh: MeshConfig) -> list[Collective]:
-    """tp: an all-reduce of [T, D] after attention and one after the feed-forward. cp: every rank gets the others'
-    attention outputs [T, N, H] and float32 log-sum-exps [T, N] of its heads. dp: nothing."""
+    """tp: an all-reduce of [T, D] after attention and one after the feed-forward. cp: the ranks' attention outputs are
+    merged in float32, by the largest log-sum-exps [T, N], then weighted outputs and weights [T, N, H + 1] of the own
+    heads. dp: nothing."""
     found = []
     if mesh.tp > 1:
         found.append(Collective("all_reduce", ("tp",), step.num_rows * shape.hidden_size * shape.dtype_bytes, 2))
     if mesh.cp > 1:
-        head = shape.head_dim * shape.dtype_bytes + 4
-        found.append(Collective("all_gather", ("cp",), mesh.cp * step.num_rows * shape.num_heads // mesh.tp * head))
+        heads = step.num_rows * shape.num_heads // mesh.tp
+        found.append(Collective("all_reduce", ("cp",), heads * 4))
+        found.append(Collective("all_reduce", ("cp",), heads * 4 * (shape.head_dim + 1)))
     return found
 
 

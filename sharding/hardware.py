@@ -60,6 +60,37 @@ INFINIBAND_NDR = Link("InfiniBand 400 Gb/s", 50 * GB, 2.7 * MICROSECOND)
 
 
 @dataclass(frozen=True)
+class Chip:
+    """What a compiler asks of a GPU. Per capability: the CUDA programming guide's table of technical specifications."""
+
+    name: str
+    """As the driver calls it."""
+    capability: tuple[int, int]
+    num_sms: int
+    clock_ghz: float
+    """Boost."""
+    l2_bytes: int
+    fp32_units: int = 128
+    """Of one SM."""
+    shared_bytes: int = 228 << 10
+    """Of one SM; a block may ask for all but 1 KiB."""
+    threads: int = 2048
+    """Of one SM."""
+
+
+A100 = Chip("NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 40 * MIB, fp32_units=64, shared_bytes=164 << 10)
+"""NVIDIA A100 white paper."""
+H100 = Chip("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 50 * MIB)
+"""NVIDIA H100 white paper (SXM5)."""
+H200 = Chip("NVIDIA H200", (9, 0), 132, 1.98, 50 * MIB)
+"""The H100's chip."""
+B200 = Chip("NVIDIA B200", (10, 0), 148, 1.965, 132_644_864)
+"""What the driver reports: OpenXLA's ``target_config/specs/b200.txtpb``, which agrees with the above for the others."""
+L40S = Chip("NVIDIA L40S", (8, 9), 142, 2.52, 96 * MIB, shared_bytes=100 << 10, threads=1536)
+"""NVIDIA L40S data sheet and Ada white paper."""
+
+
+@dataclass(frozen=True)
 class Gpu:
     """One GPU type, and the links of the machines that it comes in."""
 
@@ -74,6 +105,7 @@ class Gpu:
     """Between GPUs of one host."""
     inter: Link
     """Between hosts."""
+    chip: Chip
     most_per_host: int = 8
 
     def flops(self, dtype: str) -> float:
@@ -96,18 +128,18 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         # NVIDIA A100 80GB data sheet (SXM4): 2,039 GB/s, 312 TFLOP/s, TF32 156, INT8 624; no FP8. 81,920 MiB.
-        Gpu("a100", 81_920 * MIB, 2_039 * GB, _peaks(312, 156, 624, None), NVLINK3, INFINIBAND_HDR),
+        Gpu("a100", 81_920 * MIB, 2_039 * GB, _peaks(312, 156, 624, None), NVLINK3, INFINIBAND_HDR, A100),
         # NVIDIA H100 data sheet (SXM5), without sparsity: 3.35 TB/s, 989 TFLOP/s, TF32 494, FP8 and INT8 1,979.
         # 81,559 MiB.
-        Gpu("h100", 81_559 * MIB, 3_350 * GB, _peaks(989, 494, 1_979, 1_979), NVLINK4, INFINIBAND_NDR),
+        Gpu("h100", 81_559 * MIB, 3_350 * GB, _peaks(989, 494, 1_979, 1_979), NVLINK4, INFINIBAND_NDR, H100),
         # NVIDIA H200 data sheet (SXM5): the H100's compute, 4.8 TB/s. 143,771 MiB.
-        Gpu("h200", 143_771 * MIB, 4_800 * GB, _peaks(989, 494, 1_979, 1_979), NVLINK4, INFINIBAND_NDR),
+        Gpu("h200", 143_771 * MIB, 4_800 * GB, _peaks(989, 494, 1_979, 1_979), NVLINK4, INFINIBAND_NDR, H200),
         # NVIDIA HGX B200 data sheet, per GPU at 1,000 W, without sparsity: 2,250 TFLOP/s, TF32 1,100, FP8 and INT8
         # 4,500; 8 TB/s. 183,359 MiB.
-        Gpu("b200", 183_359 * MIB, 8_000 * GB, _peaks(2_250, 1_100, 4_500, 4_500), NVLINK5, INFINIBAND_NDR),
+        Gpu("b200", 183_359 * MIB, 8_000 * GB, _peaks(2_250, 1_100, 4_500, 4_500), NVLINK5, INFINIBAND_NDR, B200),
         # NVIDIA L40S data sheet, without sparsity: 864 GB/s, 362 TFLOP/s, TF32 183, FP8 and INT8 733; no NVLink.
         # 46,068 MiB. Servers differ in their network: 200 Gb/s per GPU is an assumption.
-        Gpu("l40s", 46_068 * MIB, 864 * GB, _peaks(362, 183, 733, 733), PCIE4, INFINIBAND_HDR),
+        Gpu("l40s", 46_068 * MIB, 864 * GB, _peaks(362, 183, 733, 733), PCIE4, INFINIBAND_HDR, L40S),
     )
 }
 

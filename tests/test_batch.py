@@ -15,9 +15,9 @@ from jaxserve.config import SchedulerConfig
 from jaxserve.outputs import RequestMetrics
 from jaxserve.request import Request
 from jaxserve.runner import RunnerConfig
-from jaxserve.step import unpack
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduled, SchedulerOutput
+from jaxserve.step import unpack
 
 BLOCK_SIZE = 4
 LAYOUT = BatchLayout(num_tokens=40, num_seqs=5, num_blocks=8, num_groups=2)

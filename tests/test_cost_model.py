@@ -224,7 +224,7 @@ def test_payload_by_hand() -> None:
     vocabulary = rows * row + 2 * seqs * 8
     assert payload_bytes(SMALL.fit_to(mesh), step, mesh) == {("pp",): handed + vocabulary}
     mesh = MeshConfig(cp=2, tp=2)
-    merged = 2 * 2 * rows * (8 // 2) * (8 * 2 + 4)
+    merged = 2 * rows * (8 // 2) * (4 + 4 * (8 + 1))
     assert payload_bytes(SMALL.fit_to(mesh), step, mesh) == {("tp",): expected, ("cp",): merged}
     mesh = MeshConfig(pp=2, tp=2)
     assert payload_bytes(SMALL.fit_to(mesh), step, mesh) == {

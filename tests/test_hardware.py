@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from sharding.aot import target_config
 from sharding.hardware import GB, GIB, GPUS, LINK_FRACTION, Cluster, find_gpu
 from sharding.mesh import MeshConfig
 
@@ -98,3 +99,19 @@ def test_planning_does_not_load_jax() -> None:
     check = "import sys, sharding.planner; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_compiler_is_told_what_a_gpu_is() -> None:
+    text = target_config(find_gpu("h200"))
+    for line in (
+        'name: "NVIDIA H200"',
+        "cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }",
+        "device_memory_size: 150754820096",
+        "memory_bandwidth: 4800000000000",
+        "shared_memory_per_core: 233472",
+        "shared_memory_per_block_optin: 232448",
+    ):
+        assert line in text
+    assert "{ major: 8 minor: 9 feature_extension: NONE }" in target_config(find_gpu("l40s"))
+    for gpu in GPUS.values():  # fused multiply-adds of the plain units are well below the peak of the others
+        assert 2 * gpu.chip.num_sms * gpu.chip.fp32_units * gpu.chip.clock_ghz * 1e9 < gpu.peak_flops["bfloat16"]

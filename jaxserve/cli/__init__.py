@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from jaxserve.cli.audit import audit
 from jaxserve.cli.bench import latency, throughput
 from jaxserve.cli.chat import chat
 from jaxserve.cli.command import add_command, examples
@@ -34,6 +35,7 @@ add_command(app, chat)
 add_command(app, convert)
 add_command(app, info)
 add_command(app, plan)
+add_command(app, audit)
 add_command(bench, throughput)
 add_command(bench, latency)
 app.add_typer(bench, name="bench")

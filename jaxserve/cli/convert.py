@@ -40,7 +40,9 @@ def convert(
     from jaxserve.engine_args import EngineArgs
     from jaxserve.weights.orbax import save
     from sharding import MeshConfig, ShardingRules, build_mesh
+    from sharding.platform import use_cpu
 
+    use_cpu()
     start = time.perf_counter()
     args = EngineArgs(model=source, revision=revision, dtype=dtype, use_tqdm_on_load=watched())
     files = ModelFiles.find(args)

@@ -40,7 +40,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Complete prompts: from arguments, a file, or stdin."""
-    wanted = read_prompts(prompts or [], prompts_file)
+    wanted = [] if engine.follows else read_prompts(prompts or [], prompts_file)
     if engine.skip_tokenizer_init and any(isinstance(p, str) or "prompt" in p for p in wanted):
         raise ValueError('--skip-tokenizer-init: prompts are token ids then, given as JSONL {"prompt_token_ids": [1]}')
     params = sampling.sampling_params(n=n, logprobs=logprobs, detokenize=not engine.skip_tokenizer_init)

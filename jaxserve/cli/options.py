@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxserve.engine_args import EngineArgs
+from jaxserve.placement import placement
 
 if TYPE_CHECKING:
     from jaxserve.sampling_params import SamplingParams
@@ -164,6 +165,20 @@ class EngineFlags(ModelFlags):
             help='Keeps compiled programs; "none" = nowhere. Default: the user\'s cache.',
         ),
     ] = None
+
+    coordinator: Annotated[
+        str | None, _mesh("--coordinator", metavar="HOST:PORT", help="Of several processes: where process 0 listens.")
+    ] = None
+    num_processes: Annotated[
+        int | None, _mesh("--num-processes", help="How many; found under Slurm, MPI, Kubernetes. 1 = only this.")
+    ] = None
+    process_id: Annotated[int | None, _mesh("--process-id", help="Which of them this is, from 0.")] = None
+
+    @property
+    def follows(self) -> bool:
+        """Whether another process of the job has the prompts."""
+        where = placement(self.coordinator, self.num_processes, self.process_id, os.environ)
+        return where is not None and where.process_id > 0
 
     def engine_options(self) -> dict[str, Any]:
         options = super().engine_options()

@@ -191,13 +191,13 @@ def _report(asked: _Asked, limits: Limits, ranking: Ranking) -> dict[str, Any]:
         "limits": limits,
         "assumptions": _assumptions(),
         "plans": [_plan_report(i, p) for i, p in enumerate(ranking.plans, 1)],
-        "rejected": [{"mesh": asdict(r.mesh), "cause": r.cause, "reason": r.reason} for r in ranking.rejected],
+        "rejected": [{"mesh": axes_of(r.mesh), "cause": r.cause, "reason": r.reason} for r in ranking.rejected],
     }
 
 
 def _plan_report(position: int, plan: Plan) -> dict[str, Any]:
     memory = asdict(plan.memory) | {"total": plan.memory.total}
-    return {"rank": position, **asdict(plan), "memory": memory}
+    return {"rank": position, **asdict(plan), "mesh": axes_of(plan.mesh), "memory": memory}
 
 
 def _assumptions() -> dict[str, float]:
@@ -260,6 +260,13 @@ def _print_plans(plans: Sequence[Plan]) -> None:
     ]
     header = ["", "mesh", "memory", "KV tokens", "TTFT", "per token", "tokens/s", "at most", "bound by"]
     print_table(header, rows)
+
+
+def axes_of(mesh: MeshConfig) -> dict[str, int]:
+    """Sizes by axis."""
+    from sharding.mesh import MESH_AXES
+
+    return {axis: getattr(mesh, axis) for axis in MESH_AXES}
 
 
 def mesh_text(mesh: MeshConfig) -> str:
