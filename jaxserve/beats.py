@@ -14,7 +14,7 @@ from typing import Literal
 
 SILENCE_SECONDS = 12.0
 """A process that shows no sign of life for so long is taken for dead."""
-HANG_SECONDS = 18.0
+HANG_SECONDS = 15.0
 """So long may a process be behind the others and not move."""
 STEP_SECONDS = 120.0
 """So long may a step take that all processes wait for."""
@@ -90,10 +90,10 @@ class Observer:
         """How many pieces of the journal every follower is done with."""
         return min(beat.pieces for beat in self._beats[1:])
 
-    @property
-    def all_ended(self) -> bool:
-        """Whether every follower has said that it ends."""
-        return all(beat.ended is not None for beat in self._beats[1:])
+    def others_gone(self, now: float) -> bool:
+        """Whether every follower has said that it ends, or can say nothing any more."""
+        heard = zip(self._beats[1:], self._heard[1:], strict=True)
+        return all(beat.ended is not None or now - at > SILENCE_SECONDS for beat, at in heard)
 
     def _silent(self, now: float) -> str | None:
         for i, beat in enumerate(self._beats):

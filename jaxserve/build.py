@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxserve import model_configs
-from jaxserve.config import GIB, FairnessConfig, SchedulerConfig, SwapConfig, decode_buckets, token_buckets
 from jaxserve.batch import Batch, Features
+from jaxserve.config import GIB, FairnessConfig, SchedulerConfig, SwapConfig, decode_buckets, token_buckets
 from jaxserve.device_state import bytes_per_device, kv_bytes_per_block
 from jaxserve.distributed import Job, connect
 from jaxserve.engine import Engine
@@ -168,7 +168,9 @@ def _set_xla_flags(config: MeshConfig) -> None:
     if not missing:
         return
     if xla_bridge.backends_are_initialized():
-        raise ValueError(f"the mesh file's xla_flags come too late, jax has started: set XLA_FLAGS={' '.join(missing)!r}")
+        raise ValueError(
+            f"the mesh file's xla_flags come too late, jax has started: set XLA_FLAGS={' '.join(missing)!r}"
+        )
     os.environ["XLA_FLAGS"] = " ".join([*given, *missing])
 
 

@@ -211,7 +211,7 @@ class Job:
     def _let_others_go(self) -> None:
         """The store ends with this process, and jax would then end the others with a less helpful word."""
         deadline = time.monotonic() + GRACE_SECONDS + 2 * BEAT_SECONDS
-        while time.monotonic() < deadline and not self._observer.all_ended:
+        while (now := time.monotonic()) < deadline and not self._observer.others_gone(now):
             time.sleep(BEAT_SECONDS / 10)
 
     # -- threads -----------------------------------------------------------------------------------------------------
@@ -257,6 +257,9 @@ class Job:
                 self._exit(self._verdict)
 
     def _exit(self, verdict: Verdict) -> None:
+        saying = threading.Thread(target=self._say_end, args=(verdict.reason, verdict.outcome), daemon=True)
+        saying.start()
+        saying.join(BEAT_SECONDS)  # no longer: the store may be what does not answer
         interrupted = verdict.outcome == "interrupted"
         sys.stderr.write(f"{verdict.reason}\n" if interrupted else f"error: {verdict.reason}\n")
         sys.stderr.flush()

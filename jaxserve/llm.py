@@ -15,8 +15,8 @@ from tqdm import tqdm
 from jaxserve.build import build_engine, join
 from jaxserve.engine import Engine
 from jaxserve.engine_args import EngineArgs, EngineOptions
-from jaxserve.layer_digest import LayerDigest, layer_digests
 from jaxserve.follower import Follower
+from jaxserve.layer_digest import LayerDigest, layer_digests
 from jaxserve.metrics import EngineMetrics
 from jaxserve.outputs import RequestOutput
 from jaxserve.runner import CompileRecord
@@ -130,6 +130,8 @@ class LLM:
     def layer_digests(self, prompt: Prompt) -> list[LayerDigest]:
         """Mean, rms and largest value of every layer's output for a prompt: compared between two meshes or dtypes by
         ``layer_digest.first_difference``, they name the first layer that differs."""
+        if self.engine.runner.is_shared:
+            raise NotImplementedError("layer digests are not supported with several processes: ask a single one")
         return layer_digests(self.engine.runner, self._read(prompt)["prompt_token_ids"])
 
     def reset_prefix_cache(self) -> bool:

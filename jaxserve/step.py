@@ -108,7 +108,6 @@ class Step:
         rows = self.constrain(rows, WHOLE_AXES)
         logits = self._logits(model, model.normalize(rows))
         activations = state.activations.at[:, :, : layout.num_tokens].set(moved)
-        activations = state.activations.at[:, :, : layout.num_tokens].set(moved)
         state = state._replace(keys=caches[0], values=caches[1], activations=activations)
         tokens, state = self._sample(logits, state, last, _flags(wanted))
         return tokens[:, None], moved, state

@@ -39,6 +39,7 @@ from jaxserve.layers.attention import dense_causal_attention
 from jaxserve.models.config import DecoderConfig, LayerConfig, RopeConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.weights.export import save_hf_llama
+from sharding.platform import use_cpu_without_gpus
 
 EXAMPLES = """examples:
   train for 40 minutes (Ctrl-C saves a checkpoint), then score and write the model:
@@ -516,6 +517,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cores = len(os.sched_getaffinity(0))
     # A device per core, each with its share of the rows: cores wait for each other once per step and not in
     # every operation, so that one core that is busy elsewhere does not hold up the others.
+    use_cpu_without_gpus()
     jax.config.update("jax_num_cpu_devices", cores)
     args.out.mkdir(parents=True, exist_ok=True)
     model, params = Model.create(demo_config(), args.seed)

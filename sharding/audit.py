@@ -198,12 +198,13 @@ class Audit:
     def _miscounted(self, budget: Budget) -> Iterator[str]:
         for rule in budget.rules:
             covered = Counter(c.where for c in self.collectives if rule.covers(c))
-            for place in [rule.where.replace("*", str(i)) for i in range(budget.num_layers)]:
-                found = covered[place] if "*" in rule.where else covered.total()
-                if rule.count not in (None, found):
-                    yield f"{place} has {found} {rule}, {rule.count} expected"
-                if "*" not in rule.where:
-                    break
+            counts = {rule.where: covered.total()}
+            if "*" in rule.where:
+                places = (rule.where.replace("*", str(i)) for i in range(budget.num_layers))
+                counts = {place: covered[place] for place in places}
+            for place, count in counts.items():
+                if rule.count not in (None, count):
+                    yield f"{place} has {count} {rule}, {rule.count} expected"
 
     def _not_in_place(self, budget: Budget) -> Iterator[str]:
         for p in self.parameters:

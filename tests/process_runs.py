@@ -1,6 +1,6 @@
 """Runs of an engine of several processes: ``test_processes.py`` starts one of them in every process.
 
-    python tests/process_runs.py RUN MODEL MESH COORDINATOR NUM_PROCESSES PROCESS_ID [NAME=VALUE ...]
+python tests/process_runs.py RUN MODEL MESH COORDINATOR NUM_PROCESSES PROCESS_ID [NAME=VALUE ...]
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _told(output: RequestOutput) -> list[dict[str, Any]]:
     ]
 
 
-# -- what may go wrong: each is called in every process before the engine is made ---------------------------------------
+# -- what may go wrong: each is called in every process before the engine is made --------------------------------------
 
 
 def no_fault(process_id: int) -> None:
@@ -136,7 +136,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
 
 def main(run: str, model: str, mesh: str, coordinator: str, num_processes: str, process_id: str, *more: str) -> None:
     FAULTS[run](int(process_id))
-    options = SMALL | dict(pair.split("=", 1) for pair in more)
+    options: dict[str, Any] = SMALL | dict(pair.split("=", 1) for pair in more)
     options |= {"skip_tokenizer_init": not (Path(model) / "tokenizer.json").exists()}
     llm = LLM(
         model,
