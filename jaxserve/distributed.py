@@ -28,6 +28,8 @@ from jaxserve.placement import Placement
 
 START_SECONDS = 300
 """So long may processes start one after the other: hosts boot, images are pulled."""
+NOTICE_SECONDS = 10
+"""After which a process says whom it waits for."""
 HEARTBEAT_SECONDS = 28
 """After which jax itself ends everybody, where what is here could not: a process that died while it started."""
 SHUTDOWN_SECONDS = 15
@@ -325,23 +327,44 @@ def connect(placement: Placement | None) -> Job | None:
         return None
     # Its handler for SIGTERM would keep a process from ending.
     jax.config.update("jax_enable_preemption_service", False)
-    try:
+    with _patience(placement):
         jax.distributed.initialize(
             placement.coordinator,
             placement.num_processes,
             placement.process_id,
             cluster_detection_method="deactivate",  # it would give each process one GPU
-            initialization_timeout=START_SECONDS,
+            initialization_timeout=2 * START_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
-    except jax.errors.JaxRuntimeError as error:
-        who = "listen at" if placement.process_id == 0 else "reach process 0 at"
-        raise ProcessError(
-            f"process {placement.process_id} of {placement.num_processes} could not {who} {placement.coordinator}, or "
-            f"not all processes came within {START_SECONDS} s: {_one_line(error)}"
-        ) from None
     return Job(placement.num_processes, placement.process_id)
+
+
+@contextmanager
+def _patience(placement: Placement) -> Iterator[None]:
+    """Say what is waited for, and end the process if it does not come: jax would abort without saying so."""
+    me = f"process {placement.process_id} of {placement.num_processes}"
+    others = "the others" if placement.process_id == 0 else "process 0"
+
+    def say() -> None:
+        sys.stderr.write(f"{me} waits for {others} at {placement.coordinator}\n")
+
+    def give_up() -> None:
+        sys.stderr.write(f"error: {me}: {others} did not come to {placement.coordinator} in {START_SECONDS} s\n")
+        sys.stderr.flush()
+        os._exit(1)
+
+    timers = threading.Timer(NOTICE_SECONDS, say), threading.Timer(START_SECONDS, give_up)
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:  # such as a port that is taken
+        raise ProcessError(f"{me} cannot meet {others} at {placement.coordinator}: {_one_line(error)}") from None
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
 def _forget_client() -> None:

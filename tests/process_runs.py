@@ -36,18 +36,18 @@ def everything(llm: LLM) -> list[dict[str, Any]]:
     """Requests of many kinds in a crowd, with preemptions, stop strings, aborts and a forgotten prefix cache."""
     rng = np.random.default_rng(5)
     prompts: list[Any] = [rng.integers(0, 103, n).tolist() for n in (1, 5, 60, 40, 3, 8, 17, 25, 33, 12)]
-    params = [SamplingParams(seed=i, max_tokens=10 + 2 * i, **PARAMS[i % len(PARAMS)]) for i in range(len(prompts))]
+    params = [SamplingParams(seed=i, max_tokens=8 + i, **PARAMS[i % len(PARAMS)]) for i in range(len(prompts))]
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    text = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    text = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     (told,) = llm.generate("Once upon a time", text, use_tqdm=False)
     middle = told.outputs[0].text[9:12]
-    stop = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop=[middle], bad_words=["zq"])
+    stop = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=[middle], bad_words=["zq"])
     outputs += llm.generate(["Once upon a time"] * 3, stop, use_tqdm=False)
-    for count, _ in enumerate(llm.stream(prompts, SamplingParams(max_tokens=50, ignore_eos=True))):
-        if count == 20:
+    for count, _ in enumerate(llm.stream(prompts, SamplingParams(max_tokens=20, ignore_eos=True))):
+        if count == 9:
             break  # aborts ten requests, some of them running, while a step is on its way
     llm.reset_prefix_cache()
-    outputs += llm.generate(prompts, params, use_tqdm=False)
+    outputs += llm.generate(prompts[:5], params[:5], use_tqdm=False)
     return [told for output in outputs for told in _told(output)]
 
 
@@ -136,7 +136,9 @@ FAULTS: dict[str, Callable[[int], None]] = {
 
 def main(run: str, model: str, mesh: str, coordinator: str, num_processes: str, process_id: str, *more: str) -> None:
     FAULTS[run](int(process_id))
-    options: dict[str, Any] = SMALL | dict(pair.split("=", 1) for pair in more)
+    options: dict[str, Any] = SMALL | {
+        name: json.loads(value) for name, _, value in (pair.partition("=") for pair in more)
+    }
     options |= {"skip_tokenizer_init": not (Path(model) / "tokenizer.json").exists()}
     llm = LLM(
         model,
