@@ -99,7 +99,8 @@ class LeaderJournal(Journal):
 
     def close(self) -> None:
         if not self._closed:
-            self.send("stop")
+            with self:
+                self.send("stop")
             self._closed = True
             self.audience.leave()
 

@@ -19,10 +19,15 @@ import numpy as np
 import pytest
 from process_runs import everything
 
-from jaxserve import LLM
+from jaxserve import LLM, SamplingParams
 from jaxserve.beats import HANG_SECONDS, SILENCE_SECONDS, STEP_SECONDS, Beat, Observer
 from jaxserve.journal import Digest, LeaderJournal, LeadingScheduler, LineReader
+from jaxserve.outputs import RequestMetrics
 from jaxserve.placement import Placement, first_host, placement
+from jaxserve.recording import request_from_json, request_to_json
+from jaxserve.request import Request
+from jaxserve.scheduler import Scheduler
+from sharding import MeshConfig
 
 MakeLLM = Callable[..., LLM]
 
@@ -37,7 +42,7 @@ class Run:
 
     folder: Path
     commands: list[list[str]]
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    processes: list[subprocess.Popen[Any]] = field(default_factory=list)
 
     def start(self) -> Run:
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI", "PMI"))}
@@ -251,6 +256,27 @@ def test_the_first_host_of_a_list(hosts: str, first: str) -> None:
     assert first_host(hosts) == first
 
 
+LAUNCH = HERE.parent / "docs" / "launch"
+
+
+def test_launch_files_name_meshes_that_there_are() -> None:
+    """As many processes as the file's name says, of eight GPUs each."""
+    texts = {path.name: path.read_text() for path in LAUNCH.iterdir()}
+    assert set(texts) == {"README.md", "slurm.sbatch", "mpirun.sh", "k8s-job.yaml"}
+    named = set(re.findall(r"sharding/configs/(\S+?\.toml)", " ".join(texts.values())))
+    for hosts in (2, 8):
+        named |= {re.sub(r"\$\{hosts\}", str(hosts), name) for name in named}
+    configs = {
+        path.name: MeshConfig.from_file(path) for path in (HERE.parent / "sharding" / "configs").glob("*x*.toml")
+    }
+    assert {name for name in named if "$" not in name} <= set(configs)
+    for name, config in configs.items():
+        hosts, gpus = map(int, name.split("-")[0].split("x"))
+        assert config.num_devices == hosts * gpus
+    for file in ("slurm.sbatch", "mpirun.sh"):
+        subprocess.run(["bash", "-n", LAUNCH / file], check=True)
+
+
 # -- signs of life -----------------------------------------------------------------------------------------------------
 
 
@@ -364,19 +390,12 @@ def test_entries_arrive_when_somebody_has_to_act() -> None:
 
 def test_digests_name_decisions(tiny_llm: LLM) -> None:
     """Two schedulers that are told the same digest alike, until one is told something else."""
-    from jaxserve.recording import request_from_json, request_to_json
-    from jaxserve.request import Request
-    from jaxserve.scheduler import Scheduler
-
     heard = Heard()
-    leader, follower, digest = LeadingScheduler(tiny_llm.engine.scheduler.config), None, Digest()
+    leader, digest = LeadingScheduler(tiny_llm.engine.scheduler.config), Digest()
     leader.lead(LeaderJournal(heard))
     follower = Scheduler(leader.config)
     requests: dict[str, Request] = {}
     for i in range(6):
-        from jaxserve import SamplingParams
-        from jaxserve.outputs import RequestMetrics
-
         leader.add(Request(str(i), [i] * 9, SamplingParams(), i, frozenset(), 20, RequestMetrics(arrival_time=0.0)))
     for step in range(12):
         output = leader.schedule(float(step))
