@@ -51,10 +51,10 @@ class ProcessError(ConnectionError):
 class Job:
     """This process among the others. ``connect`` makes it; after ``leave`` or ``failed`` it is over."""
 
-    def __init__(self, num_processes: int, process_id: int) -> None:
+    def __init__(self, num_processes: int, process_id: int, store: Store | None = None) -> None:
         self.num_processes, self.process_id = num_processes, process_id
         self.names = [f"process {i}" for i in range(num_processes)]
-        self._store = Store()
+        self._store = store or Store()
         self._beat = Beat()  # written by the main thread
         self._num_beats, self._publishing = 0, threading.Lock()
         self._verdict: Verdict | None = None
@@ -92,8 +92,8 @@ class Job:
             if different:
                 theirs, first = hello["options"].get(different[0]), hellos[0]["options"].get(different[0])
                 raise ProcessError(
-                    f"{name} was started with {different[0]}={theirs!r}, {self.names[0]} with {first!r}: start every "
-                    "process with the same options"
+                    f"{name} was started with {different[0]}={theirs!r}, {self.names[0]} with {different[0]}={first!r}: "
+                    "start every process with the same options"
                 )
         for run in (*((self._deliver,) if self.is_leader else ()), self._exchange, self._watch):
             self._threads.append(threading.Thread(target=run, name=f"jaxserve {run.__name__}", daemon=True))

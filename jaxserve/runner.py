@@ -136,6 +136,8 @@ class ModelRunner:
         """KV blocks of each group of layers."""
         self.state: DeviceState | None = None
         self.swapped: SwappedBlocks | None = None
+        self.biased_slots: set[tuple[int, int]] = set()
+        """(replica, slot) of the sampler rows whose bias is not zero; kept by who writes them."""
         self.compiled: list[CompileRecord] = []
         self.compiler_options: dict[str, Any] = {}
         """Of XLA, for programs that are compiled from now on."""

@@ -19,7 +19,7 @@ class SlotRows:
         self.runner = runner
         self.vocab_size = runner.decoder.vocab_size
         self._edits: dict[str, LogitEdits] = {}
-        self._biased: set[tuple[int, int]] = set()
+        self._biased = runner.biased_slots  # the runner's: it may have served another engine
 
     def add(self, request: Request, ending: Sequence[int], bad_words: Sequence[tuple[int, ...]]) -> None:
         """Learn what a request does to its logits. ``ending``: tokens that end it; ``bad_words``: as token ids."""

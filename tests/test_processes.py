@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from process_runs import everything
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.beats import HANG_SECONDS, SILENCE_SECONDS, STEP_SECONDS, Beat, Observer
+from jaxserve.distributed import Job, ProcessError, Store
 from jaxserve.journal import Digest, LeaderJournal, LeadingScheduler, LineReader
 from jaxserve.outputs import RequestMetrics
 from jaxserve.placement import Placement, first_host, placement
@@ -82,12 +84,12 @@ def free_address() -> str:
 
 
 def job(folder: Path, run: str, model: Path, mesh: str, **more: Any) -> Run:
-    """A run of ``process_runs`` in two processes. more: options; a list gives each process its own."""
+    """A run of ``process_runs`` in two processes, with more options of ``LLM``."""
     address = free_address()
     folder.mkdir()
     commands = []
     for i in range(2):
-        options = [f"{k}={json.dumps(v[i] if isinstance(v, list) else v)}" for k, v in more.items()]
+        options = [f"{k}={json.dumps(v)}" for k, v in more.items()]
         commands.append([str(HERE / "process_runs.py"), run, str(model), mesh, address, "2", str(i), *options])
     return Run(folder, commands).start()
 
@@ -101,7 +103,6 @@ def faults(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder = tmp_path_factory.mktemp("faults")
     names = ("dies", "hangs", "strays", "interrupted")
     runs = {name: job(folder / name, name, tiny_model, "tp=2") for name in names}
-    runs["differs"] = job(folder / "differs", "long", tiny_model, "tp=2", seed=[0, 7])
     yield runs
     for run in runs.values():
         for process in run.processes:
@@ -165,13 +166,37 @@ def test_an_interrupted_leader_ends_everybody(faults: dict[str, Run]) -> None:
     assert max(run.seconds_to_end(0), run.seconds_to_end(1)) < 10
 
 
-def test_processes_that_were_started_differently(faults: dict[str, Run]) -> None:
-    run = faults["differs"]
-    assert run.wait() == [1, 1]
-    for i in range(2):
-        assert re.search(r"process 1 \(.+\) was started with seed=7, process 0 \(.+\) with None", run.err(i)), run.err(
-            i
-        )
+class Dictionary(Store):
+    """A store in memory, for jobs whose processes are threads."""
+
+    def __init__(self, values: dict[str, str]) -> None:
+        self.values = values
+
+    def set(self, key: str, value: str, overwrite: bool = False) -> None:
+        self.values[key] = value
+
+    def wait(self, key: str, seconds: float) -> str:
+        while key not in self.values:
+            time.sleep(0.001)
+        return self.values[key]
+
+    def has(self, key: str) -> bool:
+        return key in self.values
+
+
+def test_processes_that_were_started_differently() -> None:
+    values: dict[str, str] = {}
+
+    def meet(i: int) -> str:
+        with pytest.raises(ProcessError) as error:
+            Job(2, i, Dictionary(values)).meet({"model": "m"} | ({"seed": 7} if i else {}))
+        return str(error.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        for said in pool.map(meet, range(2)):
+            assert re.match(r"process 1 \(.+\) was started with seed=7, process 0 \(.+\) with seed=None", said), said
+    with pytest.raises(ProcessError, match="had its engine already"):
+        Job(2, 0, Dictionary(values)).meet({})
 
 
 def test_the_command_prints_in_one_process_only(tiny_model: Path, tmp_path: Path) -> None:
