@@ -92,8 +92,8 @@ class Job:
             if different:
                 theirs, first = hello["options"].get(different[0]), hellos[0]["options"].get(different[0])
                 raise ProcessError(
-                    f"{name} was started with {different[0]}={theirs!r}, {self.names[0]} with {different[0]}={first!r}: "
-                    "start every process with the same options"
+                    f"{name} was started with {different[0]}={theirs!r}, {self.names[0]} with {first!r}: start every "
+                    "process with the same options"
                 )
         for run in (*((self._deliver,) if self.is_leader else ()), self._exchange, self._watch):
             self._threads.append(threading.Thread(target=run, name=f"jaxserve {run.__name__}", daemon=True))
