@@ -90,10 +90,10 @@ class Job:
                 k for k in options | hello["options"] if hello["options"].get(k) != hellos[0]["options"].get(k)
             )
             if different:
-                theirs, first = hello["options"].get(different[0]), hellos[0]["options"].get(different[0])
+                theirs, first = (f"{different[0]}={h['options'].get(different[0])!r}" for h in (hello, hellos[0]))
                 raise ProcessError(
-                    f"{name} was started with {different[0]}={theirs!r}, {self.names[0]} with {first!r}: start every "
-                    "process with the same options"
+                    f"{name} was started with {theirs}, {self.names[0]} with {first}: start every process with the same "
+                    "options"
                 )
         for run in (*((self._deliver,) if self.is_leader else ()), self._exchange, self._watch):
             self._threads.append(threading.Thread(target=run, name=f"jaxserve {run.__name__}", daemon=True))
