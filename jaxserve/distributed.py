@@ -92,8 +92,8 @@ class Job:
             if different:
                 theirs, first = (f"{different[0]}={h['options'].get(different[0])!r}" for h in (hello, hellos[0]))
                 raise ProcessError(
-                    f"{name} was started with {theirs}, {self.names[0]} with {first}: start every process with the same "
-                    "options"
+                    f"{name} was started with {theirs}, {self.names[0]} with {first}: start every process with the "
+                    "same options"
                 )
         for run in (*((self._deliver,) if self.is_leader else ()), self._exchange, self._watch):
             self._threads.append(threading.Thread(target=run, name=f"jaxserve {run.__name__}", daemon=True))
