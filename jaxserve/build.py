@@ -40,6 +40,7 @@ from jaxserve.tokenizer import load_tokenizer
 from jaxserve.weights.checkpoint import Checkpoint
 from jaxserve.weights.loader import abstract_params, assemble, load_params, param_shardings, random_params
 from pallas_kernels import dispatch
+from pallas_kernels.paged_attention import Setting
 from sharding import MeshConfig, ShardingRules, build_mesh
 from sharding.platform import use_cpu_without_gpus
 
@@ -303,8 +304,23 @@ def _runner(
     mesh_config = resolve_mesh(args)
     limits = _limits(args, decoder, platform, dtype, mesh_config)
     config = _runner_config(args, decoder, limits, platform, dtype)
-    attention = dispatch.paged_attention(platform, args.attention_backend)
+    device = mesh.devices.flat[0]
+    setting = Setting(
+        platform,
+        None if platform == "cpu" else _capability(device),
+        str(dtype),
+        str(config.kv_dtype),
+        decoder.head_dim,
+        decoder.group_size,
+        config.block_size,
+    )
+    attention = dispatch.paged_attention(setting, args.attention_backend)
     return ModelRunner(model, decoder, attention, config, mesh, mesh_config.sharding_rules), limits
+
+
+def _capability(device: Any) -> tuple[int, int]:
+    major, _, minor = str(device.compute_capability).partition(".")
+    return int(major), int(minor)
 
 
 def _limits(

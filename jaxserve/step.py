@@ -290,7 +290,7 @@ class PagedLayers:
             *arrays, plan = args
             q, k, v, keys, values, slots = (x[0] for x in arrays)
             plan = jax.tree.map(lambda x: x[0, 0], plan)
-            keys, values = attention.write(keys, values, k, v, own_slots(slots, shape.block_size, ranks))
+            keys, values = attention.write(keys, values, k, v, own_slots(slots, shape.block_size, ranks), scoring)
             out, lse = attention.attend(q, keys, values, plan, shape, scoring)
             if ranks > 1:
                 out = merge(out, lse, "cp")

@@ -1,21 +1,26 @@
-"""(op, backend) -> implementation. A choice that cannot run raises; nothing is replaced in silence."""
+"""(op, setting) -> implementation. A choice that cannot run raises; nothing is replaced in silence."""
 
 from __future__ import annotations
 
-from pallas_kernels.paged_attention import PagedAttention, cpu, reference
+from pallas_kernels.paged_attention import PagedAttention, Setting, cpu, reference
 
 PAGED_ATTENTION = {impl.name: impl for impl in (reference.IMPLEMENTATION, cpu.IMPLEMENTATION)}
 
-DEFAULTS = {"cpu": "cpu", "gpu": "reference"}
-"""Backend of each platform when the user names none."""
+DEFAULTS = {"cpu": ("cpu",), "gpu": ("reference",)}
+"""Of each platform, the best first: the first that does not refuse runs."""
 
 
-def paged_attention(platform: str, backend: str | None = None) -> PagedAttention:
-    """The paged attention for ``platform`` ("cpu" or "gpu"): its default, or the ``backend`` that is asked for."""
-    name = backend or DEFAULTS.get(platform)
-    if name not in PAGED_ATTENTION:
-        raise ValueError(
-            f"attention backend {backend!r} on platform {platform!r} does not exist; "
-            f"backends: {', '.join(PAGED_ATTENTION)}; platforms: {', '.join(DEFAULTS)}"
-        )
-    return PAGED_ATTENTION[name]
+def paged_attention(setting: Setting, backend: str | None = None) -> PagedAttention:
+    """The ``backend`` that is asked for, or the best for the setting; ValueError says why there is none."""
+    if backend is not None and backend not in PAGED_ATTENTION:
+        raise ValueError(f"attention backend {backend!r} does not exist; there are {', '.join(PAGED_ATTENTION)}")
+    names = DEFAULTS.get(setting.platform, ()) if backend is None else (backend,)
+    refused = {}
+    for name in names:
+        implementation = PAGED_ATTENTION[name]
+        refused[name] = implementation.refuses(setting)
+        if refused[name] is None:
+            return implementation
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or f"none is for {setting.platform!r}"
+    others = ", ".join(name for name in PAGED_ATTENTION if name not in refused)
+    raise ValueError(f"no paged attention for {setting._asdict()}: {reasons}; attention backends besides: {others}")

@@ -201,7 +201,7 @@ def layer_collectives(shape: ModelShape, step: Step, mesh: MeshConfig) -> list[C
     return found
 
 
-def tick_collectives(shape: ModelShape, step: Step, mesh: MeshConfig) -> list[Collective]:
+def tick_collectives(shape: ModelShape, step: Step, mesh: MeshConfig, sampling: bool = True) -> list[Collective]:
     """Outside of layers. The vocabulary's shards: [T, D] embeddings are summed, and sampling compares pairs of numbers
     per row. pp: [T, D] goes to the next stage, and the last stage's [S, D] to all for the unembedding."""
     row = shape.hidden_size * shape.dtype_bytes
@@ -209,19 +209,20 @@ def tick_collectives(shape: ModelShape, step: Step, mesh: MeshConfig) -> list[Co
     if vocabulary_shards(mesh) > 1:
         axes = tuple(axis for axis in VOCABULARY_AXES if getattr(mesh, axis) > 1)
         found.append(Collective("all_reduce", axes, step.num_rows * row))
-        found.append(Collective("all_reduce", axes, step.num_seqs * 8, SAMPLING_REDUCTIONS))
+        if sampling:
+            found.append(Collective("all_reduce", axes, step.num_seqs * 8, SAMPLING_REDUCTIONS))
     if mesh.pp > 1:
         found.append(Collective("permute", ("pp",), step.num_rows * row))
         found.append(Collective("all_reduce", ("pp",), step.num_seqs * row))
     return found
 
 
-def payload_bytes(shape: ModelShape, step: Step, mesh: MeshConfig) -> Counter[tuple[str, ...]]:
-    """Bytes that the collectives of one tick carry, by the axes that they go over."""
+def payload_bytes(shape: ModelShape, step: Step, mesh: MeshConfig, sampling: bool = True) -> Counter[tuple[str, ...]]:
+    """Bytes that the collectives of one tick carry, by the axes that they go over; ``sampling``: with its own."""
     found = Counter[tuple[str, ...]]()
     for c in layer_collectives(shape, step, mesh):
         found[c.axes] += c.num_bytes * c.count * shape.layers_per_stage(mesh)
-    for c in tick_collectives(shape, step, mesh):
+    for c in tick_collectives(shape, step, mesh, sampling):
         found[c.axes] += c.num_bytes * c.count
     return found
 

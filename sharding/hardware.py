@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 from sharding.mesh import MESH_AXES, MeshConfig
 
@@ -52,7 +53,9 @@ NVLINK4 = Link("NVLink 4", 450 * GB, 0.6 * MICROSECOND)
 NVLINK5 = Link("NVLink 5", 900 * GB, 0.6 * MICROSECOND)
 """1.8 TB/s both directions (HGX B200 data sheet)."""
 PCIE4 = Link("PCIe 4 x16", 32 * GB, 1.0 * MICROSECOND)
-"""64 GB/s both directions (L40S data sheet). Latency: NCCL's tuning model, PCI, ring, LL."""
+"""64 GB/s both directions (L40S data sheet). Latency: NCCL's tuning model, PCI, ring, LL; so for PCIe 5."""
+PCIE5 = Link("PCIe 5 x16", 64 * GB, 1.0 * MICROSECOND)
+"""128 GB/s both directions (H100 data sheet)."""
 INFINIBAND_HDR = Link("InfiniBand 200 Gb/s", 25 * GB, 2.7 * MICROSECOND)
 """One 200 Gb/s adapter per GPU (DGX A100 data sheet). Latency: NCCL's tuning model, NET, ring, LL; so for NDR."""
 INFINIBAND_NDR = Link("InfiniBand 400 Gb/s", 50 * GB, 2.7 * MICROSECOND)
@@ -107,6 +110,14 @@ class Gpu:
     """Between hosts."""
     chip: Chip
     most_per_host: int = 8
+
+    def link(self, name: str) -> Link:
+        """That mesh files call nvlink, pcie or infiniband; ValueError if this GPU does not come with it."""
+        pcie = PCIE5 if self.chip.capability >= (9, 0) else PCIE4
+        found = {"nvlink": self.intra, "pcie": pcie, "infiniband": self.inter}[name]
+        if name == "nvlink" and self.intra.name == pcie.name:
+            raise ValueError(f"links: {self.name} has no nvlink; it has pcie and infiniband")
+        return found
 
     def flops(self, dtype: str) -> float:
         """Achievable FLOP/s; ValueError lists the dtypes that this GPU computes in."""
@@ -204,16 +215,21 @@ class Cluster:
         return self.gpu.inter
 
     def span(self, mesh: MeshConfig, axes: tuple[str, ...]) -> Span:
-        """Where the ranks along ``axes`` lie, devices being in the mesh's order (tp varies fastest)."""
+        """Where the ranks along ``axes`` lie, devices being in the mesh's order (tp varies fastest). An axis goes over
+        the link that the mesh names for it, else over this cluster's; several over the slowest of theirs."""
         size = per_host = 1
+        inside, between = [], []
         for axis in axes:
-            inner = MESH_AXES[MESH_AXES.index(axis) + 1 :]
-            stride = 1
-            for name in inner:
-                stride *= getattr(mesh, name)
-            size *= getattr(mesh, axis)
-            per_host *= _ranks_per_host(getattr(mesh, axis), stride, self.gpus_per_host)
-        return Span(size, per_host, self.intra, self.inter)
+            ranks = getattr(mesh, axis)
+            stride = prod(getattr(mesh, name) for name in MESH_AXES[MESH_AXES.index(axis) + 1 :])
+            here = _ranks_per_host(ranks, stride, self.gpus_per_host)
+            size, per_host = size * ranks, per_host * here
+            named = dict(mesh.links).get(axis)
+            if here > 1:
+                inside.append(self.gpu.link(named) if named else self.intra)
+            if ranks > here:
+                between.append(self.gpu.link(named) if named else self.inter)
+        return Span(size, per_host, _slowest(inside, self.intra), _slowest(between, self.inter))
 
     def __str__(self) -> str:
         per_host = f"{self.gpus_per_host} × {self.gpu.name}"
@@ -232,6 +248,10 @@ def _count_and_name(text: str) -> tuple[int, str]:
     if count < 1:
         raise ValueError(f"GPUs {text!r}: there is at least one")
     return count, name
+
+
+def _slowest(links: list[Link], otherwise: Link) -> Link:
+    return min(links, key=lambda link: link.bandwidth, default=otherwise)
 
 
 def _ranks_per_host(size: int, stride: int, gpus_per_host: int) -> int:

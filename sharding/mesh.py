@@ -46,7 +46,7 @@ class MeshConfig:
     device_order: tuple[int, ...] = ()
     """Devices in the order of the mesh, by their place in ``jax.devices()``; () = as they come."""
     links: Pairs = ()
-    """(axis, one of ``LINKS``): for those who read the config, and for plans."""
+    """(axis, one of ``LINKS``): for plans, and for those who read the config. Nothing else depends on it."""
     rules: Pairs = ()
     """(logical axis, mesh axes) that replace entries of ``ShardingRules``."""
     xla_flags: Pairs = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -115,8 +115,9 @@ def rank(
     workload: Workload,
     objective: Objective = "throughput",
     limits: Limits | None = None,
+    candidates: Iterable[MeshConfig] | None = None,
 ) -> Ranking:
-    """Score every mesh of the whole cluster."""
+    """Score ``candidates``, or every mesh of the whole cluster."""
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r}: it is one of {', '.join(OBJECTIVES)}")
     limits = limits or Limits()
@@ -126,7 +127,8 @@ def rank(
             f"max_model_len={limits.max_model_len}: the workload's sequences have "
             f"{workload.input_len} + {workload.output_len} tokens"
         )
-    outcomes = [score(shape, cluster, mesh, workload, objective, limits) for mesh in meshes(cluster.num_gpus)]
+    candidates = meshes(cluster.num_gpus) if candidates is None else candidates
+    outcomes = [score(shape, cluster, mesh, workload, objective, limits) for mesh in candidates]
     plans = [o for o in outcomes if isinstance(o, Plan)]
     rejected = [o for o in outcomes if isinstance(o, Rejection)]
     return Ranking(tuple(sorted(plans, key=lambda p: _order(p, workload, objective))), tuple(rejected))
@@ -193,7 +195,7 @@ def _crosses_hosts(shape: ModelShape, cluster: Cluster, mesh: MeshConfig) -> str
     cost there."""
     for axis in ("tp", "cp"):
         span = cluster.span(mesh, (axis,))
-        if span.hosts == 1:
+        if span.hosts == 1 or axis in dict(mesh.links):  # whoever names the link knows that it goes there
             continue
         own = [c for c in layer_collectives(shape, Step.decode(1, 1), mesh) if c.axes == (axis,)]
         layers = shape.layers_per_stage(mesh)

@@ -15,8 +15,8 @@ from tiny_models import LLAMA, SMALL
 
 from jaxserve.batch import BatchLayout
 from jaxserve.build import ModelFiles, abstract_runner, open_mesh, resolve_mesh
-from jaxserve.cli.plan import model_shape
 from jaxserve.engine_args import EngineArgs
+from jaxserve.models.shape import model_shape
 from jaxserve.runner import ModelRunner
 from sharding import aot, build_mesh
 from sharding.audit import Audit, Budget, audit, audit_text

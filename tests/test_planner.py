@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve import model_configs
-from jaxserve.cli.plan import model_shape
 from jaxserve.models.registry import decoder_config, load_hf_config
+from jaxserve.models.shape import model_shape
 from sharding.hardware import GPUS, Cluster
 from sharding.mesh import MeshConfig
 from sharding.model_shape import ModelShape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -15,6 +15,13 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 def watched() -> bool:
     """Whether stderr is a terminal, so that a progress bar has a reader."""
     return sys.stderr.isatty()
+
+
+def progress[T](what: str, items: Sequence[T]) -> Iterable[T]:
+    """The items, with a bar while somebody watches."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, disable=not watched(), leave=False)
 
 
 def print_json(value: Any) -> None:

@@ -13,6 +13,7 @@ from jaxserve.cli.options import CheckpointFlags, Json
 from jaxserve.cli.output import bytes_text, count_text, print_json, print_pairs, print_table, seconds_text
 
 if TYPE_CHECKING:
+    from jaxserve.dry_run import Comparison
     from jaxserve.models.config import DecoderConfig
     from sharding.hardware import Cluster
     from sharding.mesh import MeshConfig
@@ -27,6 +28,7 @@ SHOWN_PADDING = 0.005
 @epilog(
     "jaxserve plan --model llama-3.1-70b --gpus 8xh200",
     "jaxserve plan --model llama-3.1-405b --gpus 8xh100 --hosts 2 --objective latency",
+    "jaxserve plan --model llama-3.1-8b --gpus 2xh100 --objective latency --verify",
     "jaxserve plan --model path/to/checkpoint --gpus 4xl40s --workload 2000,300,2.5 --json",
 )
 def plan(
@@ -48,25 +50,36 @@ def plan(
     ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Sequences per step and replica.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per step and replica.")] = None,
+    mesh: Annotated[
+        str | None, typer.Option(metavar="MESH", help='Only this one: "pp=2,tp=8", or a TOML file, whose links count.')
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Plans to show.")] = 5,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compile the best plan's steps and compare memory and bytes sent.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Rank the meshes for a model on GPUs that need not be there, and say why the others cannot be.
 
     Only config.json is read, and nothing is measured: the figures follow from data sheets (docs/planning.md). --model
-    also takes the shape of a well-known model, such as llama-3.1-70b. Exit code 1 if no mesh fits.
+    also takes the shape of a well-known model, such as llama-3.1-70b. Exit code 1 if no mesh fits, or if --verify finds
+    a prediction that is more than 5 % off.
     """
     asked = _Asked.of(model, gpus, hosts, objective, parse_workload(workload, concurrency))
     limits = _limits(max_model_len, max_num_seqs, max_num_batched_tokens)
     asked.check(limits)
     from sharding.planner import rank
 
-    ranking = rank(asked.shape, asked.cluster, asked.workload, asked.objective, limits)
-    if as_json:
-        print_json(_report(asked, limits, ranking))
-    else:
+    only = None if mesh is None else [_only(mesh, asked.cluster)]
+    ranking = rank(asked.shape, asked.cluster, asked.workload, asked.objective, limits, only)
+    if not as_json:
         _print(asked, limits, ranking, top)
-    if not ranking.plans:
+    verified = _verify(asked, model, limits, ranking.plans[0]) if verify and ranking.plans else []
+    if as_json:
+        print_json(_report(asked, limits, ranking) | {"verified": [_comparison_report(c) for c in verified]})
+    elif verified:
+        _print_comparisons(ranking.plans[0], verified)
+    if not ranking.plans or not all(c.holds for c in verified):
         raise typer.Exit(1)
 
 
@@ -88,6 +101,7 @@ class _Asked:
             raise ValueError(f"--objective {objective!r}: it is one of {', '.join(OBJECTIVES)}")
         cluster = Cluster.parse(gpus, hosts)
         from jaxserve.build import ModelFiles, resolve_dtype, resolve_kv_dtype
+        from jaxserve.models.shape import model_shape
 
         args = flags.engine_args()
         files = ModelFiles.find(args)
@@ -104,46 +118,31 @@ class _Asked:
             raise ValueError(f"sequences of {longest} tokens: this model's are at most {most} long")
 
 
-def model_shape(decoder: DecoderConfig, dtype: str, kv_dtype: str) -> ModelShape:
-    """What the planner needs to know of a decoder."""
-    from sharding.model_shape import ModelShape
+def _only(text: str, cluster: Cluster) -> MeshConfig:
+    from sharding.mesh import MeshConfig
 
-    d, norm = decoder.hidden_size, _norm_size(decoder)
-    embedding = decoder.embed_dim or d
-    projections = 2 * d * embedding if embedding != d else 0
-    return ModelShape(
-        num_layers=decoder.num_layers,
-        hidden_size=d,
-        num_heads=decoder.num_heads,
-        num_kv_heads=decoder.num_kv_heads,
-        head_dim=decoder.head_dim,
-        intermediate_size=decoder.intermediate_size,
-        vocab_size=decoder.vocab_size,
-        gated=decoder.gated_mlp,
-        tied=decoder.tied_embeddings,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        windows=tuple(layer.window for layer in decoder.layers),
-        embedding_size=embedding,
-        layer_vectors=_layer_vectors(decoder, norm),
-        tables=decoder.learned_positions * d + projections + decoder.final_norm * norm,
+    mesh = MeshConfig.resolve(text)
+    if mesh.num_devices != cluster.num_gpus:
+        raise ValueError(f"--mesh {mesh}: it has {mesh.num_devices} devices, the cluster {cluster.num_gpus} GPUs")
+    return mesh
+
+
+def _verify(asked: _Asked, flags: CheckpointFlags, limits: Limits, plan: Plan) -> list[Comparison]:
+    """Compile the steps of a plan, and compare."""
+    from jaxserve.cli.output import progress
+    from jaxserve.dry_run import DryRun
+    from jaxserve.engine_args import EngineArgs
+
+    args = EngineArgs(
+        **flags.engine_options(),
+        mesh=plan.mesh,
+        max_model_len=limits.max_model_len or asked.workload.length,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
     )
-
-
-def _norm_size(decoder: DecoderConfig) -> int:
-    """Parameters of a norm over D."""
-    return decoder.hidden_size * decoder.norm.affine * (2 if decoder.norm.kind == "layer" else 1)
-
-
-def _layer_vectors(decoder: DecoderConfig, norm: int) -> int:
-    """Norms and biases of one layer."""
-    heads, head = decoder.num_heads + decoder.num_kv_heads, decoder.head_dim
-    qk_norms = {"none": 0, "head": 2 * head, "full": heads * head}[decoder.qk_norm]
-    qkv_bias = decoder.qkv_bias * (heads + decoder.num_kv_heads) * head
-    columns = decoder.intermediate_size * (2 if decoder.gated_mlp else 1)
-    mlp_bias = decoder.mlp_bias * (columns + decoder.hidden_size)
-    norms = norm * (4 if decoder.norm_placement == "both" else 2)
-    return norms + qk_norms + qkv_bias + decoder.out_bias * decoder.hidden_size + mlp_bias
+    run = DryRun.of(args, asked.cluster)
+    programs = [run.program(layout) for layout in progress("compiling", run.layouts())]
+    return run.compare(plan.memory, programs)
 
 
 def parse_workload(text: str, concurrency: int | None) -> Workload:
@@ -198,6 +197,10 @@ def _report(asked: _Asked, limits: Limits, ranking: Ranking) -> dict[str, Any]:
 def _plan_report(position: int, plan: Plan) -> dict[str, Any]:
     memory = asdict(plan.memory) | {"total": plan.memory.total}
     return {"rank": position, **asdict(plan), "mesh": axes_of(plan.mesh), "memory": memory}
+
+
+def _comparison_report(comparison: Comparison) -> dict[str, Any]:
+    return asdict(comparison) | {"error": comparison.error, "holds": comparison.holds}
 
 
 def _assumptions() -> dict[str, float]:
@@ -260,6 +263,16 @@ def _print_plans(plans: Sequence[Plan]) -> None:
     ]
     header = ["", "mesh", "memory", "KV tokens", "TTFT", "per token", "tokens/s", "at most", "bound by"]
     print_table(header, rows)
+
+
+def _print_comparisons(plan: Plan, comparisons: Sequence[Comparison]) -> None:
+    typer.echo("")
+    typer.echo(f"{mesh_text(plan.mesh)}, compiled: per device, a loop's body counted once")
+    rows = [
+        [c.what, bytes_text(c.predicted), bytes_text(c.compiled), f"{c.error:+.1%}", "" if c.holds else "OFF"]
+        for c in comparisons
+    ]
+    print_table(["", "predicted", "compiled", "off by", ""], rows)
 
 
 def axes_of(mesh: MeshConfig) -> dict[str, int]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 
 
@@ -49,10 +50,29 @@ class Shape(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """What turns q.k into scores: multiplied by ``scale``, then softcap * tanh(. / softcap) if there is one."""
+    """What turns q.k into scores: multiplied by ``scale``, then softcap * tanh(. / softcap) if there is one. K and V
+    are what lies in the caches times ``k_scale`` and ``v_scale``: of caches of 8 bits."""
 
     scale: float
     softcap: float | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+
+class Setting(NamedTuple):
+    """What an implementation has to cope with."""
+
+    platform: str
+    """cpu or gpu."""
+    capability: tuple[int, int] | None
+    """Of a GPU: (9, 0) is Hopper."""
+    dtype: str
+    """Of q."""
+    kv_dtype: str
+    head_dim: int
+    group: int
+    """Query heads per KV head."""
+    block_size: int
 
 
 @dataclass(frozen=True)
@@ -62,10 +82,23 @@ class PagedAttention:
     name: str
     cache_shapes: Callable[[int, int, int, int], CacheShapes]
     """(num_blocks, block_size, kv_heads, head_dim) -> shapes of the two caches."""
-    write: Callable[[Array, Array, Array, Array, Array], tuple[Array, Array]]
-    """(k_cache, v_cache, k [T,K,H], v [T,K,H], slot_mapping [T]) -> the caches with k and v written."""
+    write: Callable[[Array, Array, Array, Array, Array, Scoring], tuple[Array, Array]]
+    """(k_cache, v_cache, k [T,K,H], v [T,K,H], slot_mapping [T], scoring) -> the caches with k and v written."""
     plan: Callable[[Ragged, int, Shape], Any]
     """(ragged, T, shape) -> a pytree of arrays: the work of a step, made once for all layers of the same shape."""
     attend: Callable[[Array, Array, Array, Any, Shape, Scoring], tuple[Array, Array]]
     """(q [T,K,G,H], k_cache, v_cache, plan, shape, scoring) -> float32 output [T,K,G,H] and log-sum-exp of the scores
     [T,K,G]: a token that sees nothing here has output 0 and a log-sum-exp of at most ``NOTHING``."""
+    refuses: Callable[[Setting], str | None] = lambda setting: None
+    """Why it cannot run there, if so."""
+
+
+def stored(x: Array, dtype: jnp.dtype, scale: float) -> Array:
+    """K or V as a cache of ``dtype`` holds it: 8 bits saturate instead of wrapping around or turning into NaN."""
+    if dtype.itemsize > 1:
+        return x.astype(dtype)
+    scaled = x.astype(jnp.float32) / scale
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.clip(jnp.round(scaled), -127, 127).astype(dtype)
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(scaled, -largest, largest).astype(dtype)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Shape
+from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Setting, Shape, stored
 
 MAX_PAIRS_PER_TURN = 128
 TURN_BYTES = 3 << 20
@@ -29,6 +29,7 @@ QUERY_TILE = 64
 KEY_TILE = 128
 """Tokens of K and V that one turn of the prefill loop reads."""
 
+KV_DTYPES = ("float32", "bfloat16", "float16")
 MASKED = -1e30
 """Instead of -inf: a fully masked row must not turn into NaN."""
 
@@ -55,7 +56,9 @@ def cache_shapes(num_blocks: int, block_size: int, kv_heads: int, head_dim: int)
     return (num_blocks, kv_heads, head_dim, block_size), (num_blocks, kv_heads, block_size, head_dim)
 
 
-def write(k_cache: Array, v_cache: Array, k: Array, v: Array, slot_mapping: Array) -> tuple[Array, Array]:
+def write(
+    k_cache: Array, v_cache: Array, k: Array, v: Array, slot_mapping: Array, scoring: Scoring
+) -> tuple[Array, Array]:
     size = k_cache.shape[3]
     if slot_mapping.shape[0] == 1:
         # XLA turns a scatter of one row into an update slice, and then copies the whole cache (1 s a step, 1.2 GB)
@@ -63,8 +66,8 @@ def write(k_cache: Array, v_cache: Array, k: Array, v: Array, slot_mapping: Arra
         k, v, slot_mapping = jnp.tile(k, (2, 1, 1)), jnp.tile(v, (2, 1, 1)), jnp.pad(slot_mapping, (0, 1))
     block, offset = slot_mapping // size, slot_mapping % size
     return (
-        k_cache.at[block, :, :, offset].set(k.astype(k_cache.dtype), mode="promise_in_bounds"),
-        v_cache.at[block, :, offset, :].set(v.astype(v_cache.dtype), mode="promise_in_bounds"),
+        k_cache.at[block, :, :, offset].set(stored(k, k_cache.dtype, scoring.k_scale), mode="promise_in_bounds"),
+        v_cache.at[block, :, offset, :].set(stored(v, v_cache.dtype, scoring.v_scale), mode="promise_in_bounds"),
     )
 
 
@@ -331,4 +334,8 @@ def _tile_over_keys(
     return out, jnp.moveaxis(lse.reshape(kv_heads, group, tile), 2, 0)
 
 
-IMPLEMENTATION = PagedAttention("cpu", cache_shapes, write, plan, attend)
+def refuses(setting: Setting) -> str | None:
+    return "it widens 16-bit and 32-bit caches only" if setting.kv_dtype not in KV_DTYPES else None
+
+
+IMPLEMENTATION = PagedAttention("cpu", cache_shapes, write, plan, attend, refuses)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Shape
+from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Shape, stored
 
 MASKED = -1e30
 
@@ -17,11 +17,13 @@ def cache_shapes(num_blocks: int, block_size: int, kv_heads: int, head_dim: int)
     return shape, shape
 
 
-def write(k_cache: Array, v_cache: Array, k: Array, v: Array, slot_mapping: Array) -> tuple[Array, Array]:
+def write(
+    k_cache: Array, v_cache: Array, k: Array, v: Array, slot_mapping: Array, scoring: Scoring
+) -> tuple[Array, Array]:
     block, offset = slot_mapping // k_cache.shape[2], slot_mapping % k_cache.shape[2]
     return (
-        k_cache.at[block, :, offset].set(k.astype(k_cache.dtype)),
-        v_cache.at[block, :, offset].set(v.astype(v_cache.dtype)),
+        k_cache.at[block, :, offset].set(stored(k, k_cache.dtype, scoring.k_scale)),
+        v_cache.at[block, :, offset].set(stored(v, v_cache.dtype, scoring.v_scale)),
     )
 
 
@@ -39,7 +41,7 @@ def attend(
 
     def one_token(q_t: Array, seq: Array, visible: Array) -> tuple[Array, Array]:
         k, v = (_tokens(cache, ragged.block_tables[seq]) for cache in (k_cache, v_cache))
-        scores = jnp.einsum("kgh,skh->kgs", q_t.astype(jnp.float32), k) * scoring.scale
+        scores = jnp.einsum("kgh,skh->kgs", q_t.astype(jnp.float32), k) * (scoring.scale * scoring.k_scale)
         if scoring.softcap is not None:
             scores = jnp.tanh(scores / scoring.softcap) * scoring.softcap
         s = jnp.arange(k.shape[0])
@@ -51,7 +53,7 @@ def attend(
         weights = jnp.where(seen[None, None], jnp.exp(scores - best), 0.0)
         total = jnp.maximum(jnp.sum(weights, axis=-1), 1e-30)
         out = jnp.einsum("kgs,skh->kgh", weights, jnp.where(seen[:, None, None], v, 0.0))
-        return out / total[..., None], best[..., 0] + jnp.log(total)
+        return out * scoring.v_scale / total[..., None], best[..., 0] + jnp.log(total)
 
     out, lse = jax.lax.map(lambda args: one_token(*args), (q, sequence, ragged.visible))
     real = t < ends[-1]

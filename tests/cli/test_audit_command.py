@@ -96,8 +96,8 @@ def test_a_target(run: Run, model: Path) -> None:
     [
         (["--target", "8xv100"], "GPU 'v100' is not known"),
         (["--target", "h200:2", "-tp", "4"], "mesh dp=1,pp=1,cp=1,tp=4 needs 4 GPUs, the target has 2"),
-        (["--tokens", "64"], "--tokens 64: steps of this kind have at most max_num_batched_tokens=32 rows"),
-        (["--decode", "--tokens", "8"], "--tokens 8: steps of this kind have at most max_num_seqs=4 rows"),
+        (["--tokens", "64"], "tokens=64: steps of this kind have at most max_num_batched_tokens=32 rows"),
+        (["--decode", "--tokens", "8"], "tokens=8: steps of this kind have at most max_num_seqs=4 rows"),
         (["--model", "llama-5"], "model 'llama-5': no such directory"),
         (["-tp", "16"], "tensor_parallel_size=16 does not fit this model"),
     ],

@@ -10,8 +10,8 @@ import pytest
 from command_line import Run
 from tiny_models import write_llama
 
-from jaxserve.cli.plan import model_shape
 from jaxserve.models.registry import decoder_config, load_hf_config
+from jaxserve.models.shape import model_shape
 from sharding.mesh import MeshConfig
 
 GPUS = ["--gpus", "8xh200"]

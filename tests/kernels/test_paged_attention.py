@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.dispatch import PAGED_ATTENTION, paged_attention
-from pallas_kernels.paged_attention import NOTHING, Ragged, Scoring, Shape
+from pallas_kernels.paged_attention import NOTHING, Ragged, Scoring, Setting, Shape
 
 NUM_SPARE_BLOCKS = 5
 
@@ -34,6 +34,24 @@ class Case:
     softcap: float | None = None
     one_token_each: bool = False
     dtype: Any = jnp.float32
+    kv_dtype: Any = None
+    """Of the caches; None = ``dtype``."""
+
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.kv_dtype or self.dtype)
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(
+            "cpu",
+            None,
+            str(jnp.dtype(self.dtype)),
+            str(self.cache_dtype),
+            self.head_dim,
+            self.group,
+            self.block_size,
+        )
 
     @property
     def shape(self) -> Shape:
@@ -41,7 +59,8 @@ class Case:
 
     @property
     def scoring(self) -> Scoring:
-        return Scoring(self.head_dim**-0.5, self.softcap)
+        scales = (0.0625, 0.125) if self.cache_dtype.itemsize == 1 else (1.0, 1.0)
+        return Scoring(self.head_dim**-0.5, self.softcap, *scales)
 
     @property
     def num_blocks(self) -> int:
@@ -64,11 +83,14 @@ CASES = {
     "several tiles": Case(150, 3, 12, 16, 1, 2, 8, window=100),
     "long sequences": Case(8, 2, 40, 4, 2, 1, 8),
     "bfloat16": Case(24, 5, 6, 4, 2, 3, 24, dtype=jnp.bfloat16),
+    "fp8 cache": Case(24, 5, 6, 4, 2, 3, 24, kv_dtype=jnp.float8_e4m3fn),
+    "int8 cache": Case(24, 5, 6, 4, 2, 3, 24, dtype=jnp.bfloat16, kv_dtype=jnp.int8),
     "decode": Case(6, 6, 6, 4, 2, 1, 8, one_token_each=True),
     "decode one": Case(1, 1, 40, 4, 2, 3, 24, one_token_each=True),
     "decode many": Case(12, 12, 24, 4, 1, 7, 8, one_token_each=True),
     "decode window": Case(6, 6, 4, 16, 1, 3, 80, window=6, one_token_each=True),
     "decode softcap": Case(6, 6, 6, 4, 2, 3, 24, softcap=2.0, one_token_each=True),
+    "decode fp8 cache": Case(6, 6, 3, 16, 2, 3, 24, one_token_each=True, kv_dtype=jnp.float8_e4m3fn),
     "decode bfloat16": Case(6, 6, 3, 16, 2, 3, 24, one_token_each=True, dtype=jnp.bfloat16),
 }
 
@@ -107,8 +129,9 @@ class Problem(NamedTuple):
 
 def make_problem(case: Case, sequences: list[Sequence], seed: int) -> Problem:
     rng = np.random.default_rng(seed)
-    keys = [rng.standard_normal((s.kv_len, case.kv_heads, case.head_dim)).astype(case.dtype) for s in sequences]
-    values = [rng.standard_normal(k.shape).astype(case.dtype) for k in keys]
+    scoring, sizes = case.scoring, [(s.kv_len, case.kv_heads, case.head_dim) for s in sequences]
+    keys = [_storable(rng.standard_normal(size), case, scoring.k_scale) for size in sizes]
+    values = [_storable(rng.standard_normal(size), case, scoring.v_scale) for size in sizes]
     q = np.full((case.num_tokens, case.kv_heads, case.group, case.head_dim), np.nan, np.float32)
     cu_q_lens = np.zeros(case.num_seqs + 1, np.int32)
     cu_q_lens[1 : len(sequences) + 1] = np.cumsum([s.q_len for s in sequences], dtype=np.int32)
@@ -126,6 +149,14 @@ def make_problem(case: Case, sequences: list[Sequence], seed: int) -> Problem:
     for s, start in zip(sequences, cu_q_lens, strict=False):
         visible[start : start + s.q_len] = np.arange(s.kv_len - s.q_len, s.kv_len) + 1
     return Problem(q, keys, values, Ragged(slots, cu_q_lens, kv_lens, tables, visible))  # pyright: ignore
+
+
+def _storable(x: np.ndarray, case: Case, scale: float) -> np.ndarray:
+    """Rounded to what the caches can hold."""
+    if case.cache_dtype.itemsize > 1:
+        return x.astype(case.dtype)
+    rounded = np.round(x / scale) if case.cache_dtype == jnp.int8 else x / scale
+    return (rounded.astype(case.cache_dtype).astype(np.float32) * scale).astype(case.dtype)
 
 
 def dense(case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
@@ -156,12 +187,18 @@ def programs(name: str, case: Case) -> tuple[Any, Any]:
         plan = implementation.plan(ragged, case.num_tokens, case.shape)
         return implementation.attend(q, keys, values, plan, case.shape, case.scoring)
 
-    return jax.jit(implementation.write), jax.jit(attend)
+    def write(keys: Any, values: Any, k: Any, v: Any, slots: Any) -> tuple[jax.Array, jax.Array]:
+        return implementation.write(keys, values, k, v, slots, case.scoring)
+
+    return jax.jit(write), jax.jit(attend)
 
 
 def nan_caches(name: str, case: Case) -> list[np.ndarray]:
+    """Of integers, that have no NaN, the largest."""
     shapes = PAGED_ATTENTION[name].cache_shapes(case.num_blocks, case.block_size, case.kv_heads, case.head_dim)
-    return [np.full(shape, np.nan, np.float32).astype(case.dtype) for shape in shapes]
+    if case.cache_dtype == jnp.int8:
+        return [np.full(shape, 127, np.int8) for shape in shapes]
+    return [np.full(shape, np.nan, np.float32).astype(case.cache_dtype) for shape in shapes]
 
 
 def slots_of(case: Case, problem: Problem) -> np.ndarray:
@@ -189,8 +226,15 @@ def solve(name: str, case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarr
     return np.asarray(out), np.asarray(lse)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("name", PAGED_ATTENTION)
+RUNS = [
+    pytest.param(name, case, id=f"{name}-{label}")
+    for name, implementation in PAGED_ATTENTION.items()
+    for label, case in CASES.items()
+    if implementation.refuses(case.setting) is None
+]
+
+
+@pytest.mark.parametrize(("name", "case"), RUNS)
 def test_conforms(name: str, case: Case) -> None:
     @settings(max_examples=25)
     @given(batches(case))
@@ -274,17 +318,28 @@ def test_write_changes_the_slots_it_is_given_and_nothing_else(name: str, dtype: 
     changes_these()
 
 
+HERE = Setting("cpu", None, "float32", "float32", 64, 4, 16)
+
+
 def test_dispatch_says_what_runs() -> None:
     for name, implementation in PAGED_ATTENTION.items():
         assert implementation.name == name
-        assert paged_attention("cpu", name) is implementation
-    assert paged_attention("cpu").name == "cpu"
-    assert paged_attention("cpu", None) is PAGED_ATTENTION["cpu"]
+        if implementation.refuses(HERE) is None:
+            assert paged_attention(HERE, name) is implementation
+    assert paged_attention(HERE).name == "cpu"
 
 
-@pytest.mark.parametrize(("platform", "backend"), [("cpu", "flash"), ("tpu", None), ("tpu", "flash")])
-def test_dispatch_refuses_what_it_does_not_have(platform: str, backend: str | None) -> None:
+@pytest.mark.parametrize(
+    ("setting", "backend", "words"),
+    [
+        (HERE, "flash", ["'flash'", *PAGED_ATTENTION]),
+        (HERE._replace(platform="tpu"), None, ["tpu", "none is for"]),
+        (HERE._replace(kv_dtype="int8"), "cpu", ["int8", "cpu: it widens", "reference"]),
+    ],
+    ids=str,
+)
+def test_dispatch_refuses_what_cannot_run(setting: Setting, backend: str | None, words: list[str]) -> None:
     with pytest.raises(ValueError) as error:
-        paged_attention(platform, backend)
-    for word in (platform, str(backend), *PAGED_ATTENTION):
+        paged_attention(setting, backend)
+    for word in words:
         assert word in str(error.value)
