@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 FIND_PYTHON := for p in $$JAXSERVE_PYTHON python3.12 python3.13 python3.14 python3 python; do \
 	  "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done
 
-.PHONY: help demo test test-processes check bench clean
+.PHONY: help demo test check bench clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -29,9 +29,7 @@ demo: $(VENV)/.runtime  ## Answer several prompts at once with the built-in mode
 
 test: $(VENV)/.dev  ## Run the tests
 	@$(PY) -m pytest -n 2 --ignore tests/test_processes.py
-
-test-processes: $(VENV)/.dev  ## Run the tests of several processes, which take minutes and want a quiet machine
-	@$(PY) -m pytest tests/test_processes.py
+	@$(PY) -m pytest tests/test_processes.py  # starts ten processes of its own
 
 check: $(VENV)/.dev  ## Lint, types, and the import contracts
 	@$(VENV)/bin/ruff check .

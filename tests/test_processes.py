@@ -34,7 +34,7 @@ from sharding import MeshConfig
 MakeLLM = Callable[..., LLM]
 
 HERE = Path(__file__).parent
-LONGEST = 100
+LONGEST = 150
 """Seconds that a run may take; then it is killed, and the test fails."""
 
 
