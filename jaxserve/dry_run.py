@@ -172,7 +172,12 @@ class DryRun:
         flags = dict(_option(flag) for flag in self.mesh.flags_for(jax.__version__))
         with tempfile.TemporaryDirectory() as dump, aot.not_cached():
             self.runner.compiler_options = {**aot.COMPILER_OPTIONS, **flags, launches.OPTION: dump}
-            yield Path(dump)
+            try:
+                yield Path(dump)
+            except jax.errors.JaxRuntimeError as error:
+                if flags and "compile option" in str(error):
+                    raise ValueError(f"the mesh file's xla_flags: {str(error).splitlines()[0]}") from None
+                raise
 
     def memory(self, programs: Sequence[Program]) -> Memory | None:
         """On a target, from what the programs need."""

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.batch import FLOAT_FIELDS, BatchLayout
@@ -195,7 +196,8 @@ class Step:
             constrain = partial(self.constrain, inside_stage=True)
             x = model.transform(x, batch["positions"], batch["rope_lens"], paged, constrain, there)
             x = jax.lax.ppermute(x, "pp", [(i, (i + 1) % pp) for i in range(pp)])
-            return ([k[None] for k in paged.keys], [v[None] for v in paged.values]), x[None]
+            keys, values = ([row_major(cache[None]) for cache in side] for side in (paged.keys, paged.values))
+            return (keys, values), x[None]
 
         per_stage = PartitionSpec("pp")
         return jax.shard_map(
@@ -294,7 +296,7 @@ class PagedLayers:
             out, lse = attention.attend(q, keys, values, plan, shape, scoring)
             if ranks > 1:
                 out = merge(out, lse, "cp")
-            return tuple(x[None] for x in (out.astype(q.dtype), keys, values))
+            return out.astype(q.dtype)[None], row_major(keys[None]), row_major(values[None])
 
         kv, heads, replica = spec(KV_AXES), spec(HEAD_AXES), spec(("replica",))
         specs = (spec(Q_AXES), heads, heads, kv, kv, replica, spec(("replica", "kv_blocks")))
@@ -305,6 +307,12 @@ class PagedLayers:
             axes = set(self.step.mesh.axis_names) - {"pp"}
             return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
         return jax.shard_map(f, mesh=self.step.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def row_major(cache: Array) -> Array:
+    """Says where its dimensions lie: where several are 1, as with one KV head on a device, XLA:CPU may choose another
+    order of theirs, and copies the whole cache to get back."""
+    return with_layout_constraint(cache, Layout(tuple(range(cache.ndim))))
 
 
 def unpack(buffer: Array, layout: BatchLayout, name: str) -> Array:

@@ -13,8 +13,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_models import LLAMA, SMALL
 
+import sharding
 from jaxserve.batch import BatchLayout
 from jaxserve.build import ModelFiles, abstract_runner, open_mesh, resolve_mesh
+from jaxserve.dry_run import DryRun
 from jaxserve.engine_args import EngineArgs
 from jaxserve.models.shape import model_shape
 from jaxserve.runner import ModelRunner
@@ -286,7 +288,7 @@ class Engine:
 
 
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
-@pytest.mark.parametrize("mesh", ["tp=4", "dp=2", "dp=2,tp=2", "pp=2", "cp=2", "dp=2,pp=2,tp=2"])
+@pytest.mark.parametrize("mesh", ["tp=4", "tp=8", "dp=2", "dp=2,tp=2", "pp=2", "cp=2", "dp=2,pp=2,tp=2"])
 def test_collectives_are_those_of_the_cost_model(mesh: str, decode: bool, model: Path) -> None:
     engine = Engine(model, mesh)
     layout = engine.layout(decode)
@@ -395,6 +397,38 @@ def test_every_gpu_can_be_compiled_for(name: str) -> None:
     with aot.not_cached():
         (sent,) = audit(total.lower(x).compile(), mesh).collectives
     assert (sent.op, sent.axes) == ("all-reduce", ("tp",))
+
+
+CONFIGS = sorted(Path(sharding.__file__).with_name("configs").glob("*x*.toml"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_meshes_of_launch_files_compile(path: Path, tmp_path: Path) -> None:
+    """For as many H200 on as many hosts as the file is named after, and within the budget."""
+    hosts, gpus = map(int, path.stem.split("-")[0].split("x"))
+    (tmp_path / "config.json").write_text(json.dumps(MODEL | {"num_hidden_layers": 8}))
+    args = EngineArgs(model=str(tmp_path), mesh=path, dtype="bfloat16", **SMALL)
+    run = DryRun.of(args, Cluster.parse(f"{gpus}xh200", hosts))
+    (program,) = [run.program(layout) for layout in run.layouts(decode=True)]
+    assert program.broken == ()
+    used = [axes for axes in (("tp",), ("pp",), ("pp", "tp")) if all(getattr(run.mesh, a) > 1 for a in axes)]
+    assert {c.axes for c in program.audit.collectives if c.axes} == set(used)
+
+
+@needs_compiler
+def test_flags_of_a_mesh_file_reach_the_compiler(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mesh.toml"
+    for flag, is_known in (("--xla_gpu_enable_latency_hiding_scheduler=true", True), ("--xla_gpu_is_pink=true", False)):
+        path.write_text(f'[axes]\ntp = 2\n[xla_flags]\n"{jax.__version__}" = ["{flag}"]\n')
+        args = EngineArgs(model=str(model), mesh=path, dtype="bfloat16", **SMALL)
+        run = DryRun.of(args, Cluster.parse("h200:2"))
+        (layout,) = run.layouts(decode=True)
+        if is_known:
+            run.program(layout)
+        else:
+            with pytest.raises(ValueError, match=r"xla_flags.*xla_gpu_is_pink"):
+                run.program(layout)
 
 
 @needs_compiler

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from sharding.aot import target_config
-from sharding.hardware import GB, GIB, GPUS, LINK_FRACTION, Cluster, find_gpu
+from sharding.hardware import GB, GIB, GPUS, INFINIBAND_NDR, LINK_FRACTION, NVLINK4, PCIE5, Cluster, find_gpu
 from sharding.mesh import MeshConfig
 
 
@@ -93,6 +93,19 @@ def test_groups_that_straddle_hosts_go_at_the_slow_pace() -> None:
     cluster = Cluster.parse("8xh100", 3)
     assert cluster.span(MeshConfig(dp=8, tp=3), ("tp",)).per_host == 1
     assert cluster.span(MeshConfig(dp=2, tp=12), ("tp",)).per_host == 1
+
+
+def test_links_that_a_mesh_names() -> None:
+    cluster, links = Cluster.parse("16xh100"), (("tp", "nvlink"), ("pp", "infiniband"))
+    mesh = MeshConfig(pp=2, tp=8, links=links)
+    both = cluster.span(mesh, ("pp", "tp"))
+    assert (both.intra, both.inter) == (NVLINK4, INFINIBAND_NDR)
+    rack = cluster.span(MeshConfig(tp=16, links=(("tp", "nvlink"),)), ("tp",))
+    assert (rack.hosts, rack.inter) == (2, NVLINK4)
+    slow = cluster.span(MeshConfig(dp=2, pp=2, tp=4, links=(("pp", "pcie"),)), ("pp", "tp"))
+    assert (slow.size, slow.intra) == (8, PCIE5)
+    with pytest.raises(ValueError, match="l40s has no nvlink"):
+        Cluster.parse("8xl40s").span(MeshConfig(tp=8, links=(("tp", "nvlink"),)), ("tp",))
 
 
 def test_planning_does_not_load_jax() -> None:

@@ -12,6 +12,7 @@ from tiny_models import write_llama
 
 from jaxserve.models.registry import decoder_config, load_hf_config
 from jaxserve.models.shape import model_shape
+from sharding import aot, cost_model
 from sharding.mesh import MeshConfig
 
 GPUS = ["--gpus", "8xh200"]
@@ -75,6 +76,36 @@ def test_options_reach_the_planner(run: Run) -> None:
     assert (found["model"]["dtype"], found["model"]["kv_dtype"]) == ("float32", "float32")
     assert found["limits"]["max_model_len"] == 512
     assert next(p for p in found["plans"] if p["mesh"]["dp"] == 8)["batch"] == 3
+
+
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+def test_the_best_plan_is_verified(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--model", "llama-3.1-8b", "--gpus", "2xh100", "--hf-overrides", '{"num_hidden_layers": 2}']
+    limits = ["--mesh", "tp=2", "--max-num-seqs", "32", "--max-num-batched-tokens", "256"]
+    result = run("plan", *arguments, *limits, "--verify")
+    assert result.code == 0, result.out
+    assert "tp=2, compiled" in result.out and "OFF" not in result.out
+    assert "step[tokens=256, seqs=32] over tp" in result.out
+    monkeypatch.setattr(cost_model, "layer_collectives", lambda *_: [])
+    result = run("plan", *arguments, *limits, "--verify", "--json")
+    assert result.code == 1
+    off = [c for c in json.loads(result.out)["verified"] if not c["holds"]]
+    assert [c["what"] for c in off] == ["decode[tokens=32, seqs=32] over tp", "step[tokens=256, seqs=32] over tp"]
+    assert off[0]["predicted"] < off[0]["compiled"] == (1 + 4) * 32 * 4096 * 2
+
+
+def test_a_given_mesh_alone_with_its_links(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "mesh.toml"
+    file.write_text('[axes]\ntp = 8\n[links]\ntp = "pcie"\n')
+    arguments = ["--model", "llama-3.1-70b", *GPUS, "--objective", "latency"]
+    (fast,) = report(run, *arguments, "--mesh", "tp=8")["plans"]
+    found = report(run, *arguments, "--mesh", file)
+    (slow,) = found["plans"]
+    assert found["rejected"] == []
+    assert slow["mesh"] == fast["mesh"] == {"dp": 1, "pp": 1, "cp": 1, "tp": 8}
+    assert slow["ttft"] > 1.5 * fast["ttft"]
+    wrong = run("plan", *arguments, "--mesh", "tp=4")
+    assert wrong.code == 2 and "it has 4 devices, the cluster 8 GPUs" in wrong.err
 
 
 @pytest.mark.parametrize(
