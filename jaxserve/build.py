@@ -193,14 +193,15 @@ def load_model(
     dtype = resolve_dtype(args.dtype, files.hf)
     if args.load_format == "dummy":
         return random_params(files.decoder, decoder, dtype, mesh, rules, args.seed)
-    from jaxserve.weights.orbax import is_orbax, restore
+    from jaxserve.weights.orbax import is_orbax, tensors
 
     if args.load_format == "orbax" or (args.load_format == "auto" and is_orbax(files.directory)):
-        return restore(files.directory, files.decoder, decoder, dtype, mesh, rules)
-    family = family_of(files.hf.architectures)
-    checkpoint = Checkpoint(files.directory, getattr(family, "PREFIXES", ("model.",)))
+        weights = tensors(files.directory)
+    else:
+        family = family_of(files.hf.architectures)
+        checkpoint = Checkpoint(files.directory, getattr(family, "PREFIXES", ("model.",)))
+        weights = family.weights(files.decoder, checkpoint)
     show = _progress("loading weights", args.use_tqdm_on_load)
-    weights = family.weights(files.decoder, checkpoint)
     return load_params(files.decoder, decoder, dtype, weights, mesh, rules, show)
 
 

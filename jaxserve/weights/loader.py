@@ -115,7 +115,11 @@ def _sources(weights: Iterator[tuple[str, Source]], params: Mapping[str, nnx.Var
         sources = dict(weights)
     except (KeyError, ValueError) as error:
         raise ValueError(f"config.json and the weights do not belong together: {error.args[0]}") from error
-    assert set(sources) == set(params), set(sources) ^ set(params)
+    missing, unknown = sorted(set(params) - set(sources)), sorted(set(sources) - set(params))
+    if missing or unknown:
+        raise ValueError(
+            f"config.json and the weights do not belong together: missing {missing[:3]}, extra {unknown[:3]}"
+        )
     for name, variable in params.items():
         if sources[name].shape != variable.get_value().shape:
             raise ValueError(
