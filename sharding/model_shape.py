@@ -12,6 +12,7 @@ from itertools import pairwise
 from math import prod
 
 from sharding.mesh import MeshConfig
+from sharding.padding import fit_heads, up_to_multiple
 
 VOCABULARY_AXES = ("pp", "tp")
 """Embedding and unembedding are laid over these: no stage has more of them than another."""
@@ -103,13 +104,13 @@ class ModelShape:
                 f"tp={mesh.tp} does not fit {self.num_heads} query heads; at most tp={self.num_heads} does"
             )
         self._check_stages(mesh.pp)
-        kv_heads, group = _fit_heads(self.num_kv_heads, self.num_heads // self.num_kv_heads, mesh.tp)
+        _, kv_heads, group = fit_heads(self.num_kv_heads, self.num_heads // self.num_kv_heads, mesh.tp)
         return replace(
             self,
             num_heads=kv_heads * group,
             num_kv_heads=kv_heads,
-            intermediate_size=_up_to_multiple(self.intermediate_size, mesh.tp),
-            vocab_size=_up_to_multiple(self.vocab_size, vocabulary_shards(mesh)),
+            intermediate_size=up_to_multiple(self.intermediate_size, mesh.tp),
+            vocab_size=up_to_multiple(self.vocab_size, vocabulary_shards(mesh)),
         )
 
     def _check_stages(self, pp: int) -> None:
@@ -144,20 +145,3 @@ class ModelShape:
 
 def vocabulary_shards(mesh: MeshConfig) -> int:
     return prod(getattr(mesh, axis) for axis in VOCABULARY_AXES)
-
-
-def _fit_heads(kv_heads: int, group: int, tp: int) -> tuple[int, int]:
-    """(KV heads, query heads of each) that divide over tp: the fewest attention weights, then the smallest KV cache."""
-
-    def fitted(copies: int) -> tuple[int, int]:
-        return _up_to_multiple(kv_heads * copies, tp), -(-group // copies)
-
-    def cost(fit: tuple[int, int]) -> tuple[int, int]:
-        heads, queries = fit
-        return heads * (2 * queries + 2), heads
-
-    return min(map(fitted, range(1, group + 1)), key=cost)
-
-
-def _up_to_multiple(size: int, of: int) -> int:
-    return -(-size // of) * of

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from sharding.padding import fit_heads, up_to_multiple
+
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -133,7 +135,7 @@ class DecoderConfig:
             self,
             num_heads=kv_heads * group,
             num_kv_heads=kv_heads,
-            intermediate_size=_up_to_multiple(self.intermediate_size, tp),
+            intermediate_size=up_to_multiple(self.intermediate_size, tp),
             kv_copies=copies,
             head_padding=kv_heads * group - self.num_heads,
             kv_head_padding=kv_heads - self.num_kv_heads * copies,
@@ -195,21 +197,3 @@ class DecoderConfig:
     @property
     def scale(self) -> float:
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
-
-
-def fit_heads(kv_heads: int, group: int, tp: int) -> tuple[int, int, int]:
-    """(copies of each KV head, KV heads, query heads per KV head) with which ``kv_heads`` of ``group`` query heads
-    each divide over ``tp`` ranks: the fewest attention weights, then the smallest KV cache, then the fewest copies."""
-
-    def fitted(copies: int) -> tuple[int, int, int]:
-        return copies, _up_to_multiple(kv_heads * copies, tp), -(-group // copies)
-
-    def cost(fit: tuple[int, int, int]) -> tuple[int, int, int]:
-        copies, heads, queries = fit
-        return heads * (2 * queries + 2), heads, copies  # a query head has rows in Q and O, a KV head in K and V
-
-    return min(map(fitted, range(1, group + 1)), key=cost)
-
-
-def _up_to_multiple(size: int, of: int) -> int:
-    return -(-size // of) * of
