@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ Q_AXES = ("replica", None, "kv_heads", None, None)
 HEAD_AXES = ("replica", None, "kv_heads", None)
 SCORE_ROWS = (8, 64)
 """Numbers of rows that log-probabilities are computed for at once."""
+COMPILE_THREADS = min(8, os.cpu_count() or 1)
 TOP_LOGPROBS = 20
 """Most likely tokens that come back with log-probabilities; more are taken from the whole vocabulary's."""
 
@@ -270,18 +273,18 @@ class ModelRunner:
     def warm_up(
         self,
         num_blocks: tuple[int, ...],
-        progress: Callable[[Iterable[BatchLayout]], Iterable[BatchLayout]],
+        progress: Callable[[Iterable[Any]], Iterable[Any]],
         swaps: bool = False,
     ) -> None:
-        """Allocate the caches and compile every program that a request can need; ``swaps``: also those that move
-        blocks to host memory and back."""
+        """Allocate the caches and compile every program that a request can need, several at once; ``swaps``: also
+        those that move blocks to host memory and back."""
         self.num_blocks = num_blocks
         self.state = allocate(self.abstract_state(num_blocks))
-        for layout in progress(self.config.layouts):
-            self.step_program(layout, num_blocks)
-        for rows in SCORE_ROWS:
-            for whole in (False, True):
-                self._score_program(rows, whole)
+        with ThreadPoolExecutor(COMPILE_THREADS) as threads:  # XLA lets go of Python while it compiles
+            steps = [threads.submit(self.step_program, layout, num_blocks) for layout in self.config.layouts]
+            scores = [threads.submit(self._score_program, r, whole) for r in SCORE_ROWS for whole in (False, True)]
+            for program in progress([*steps, *scores]):
+                program.result()
         self._write_slot_program()
         if self.is_shared:
             for layout in self.config.layouts:

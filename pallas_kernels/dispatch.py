@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pallas_kernels.paged_attention import PagedAttention, Setting, cpu, reference
+from pallas_kernels.paged_attention import PagedAttention, Setting, cpu, reference, triton
 
-PAGED_ATTENTION = {impl.name: impl for impl in (reference.IMPLEMENTATION, cpu.IMPLEMENTATION)}
+PAGED_ATTENTION = {
+    impl.name: impl
+    for impl in (reference.IMPLEMENTATION, cpu.IMPLEMENTATION, triton.IMPLEMENTATION, triton.INTERPRETED)
+}
 
 DEFAULTS = {"cpu": ("cpu",), "gpu": ("reference",)}
 """Of each platform, the best first: the first that does not refuse runs."""
