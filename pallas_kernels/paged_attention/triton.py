@@ -1,0 +1,659 @@
+"""Paged attention in the style of Triton, for NVIDIA GPUs from Ampere on: one kernel for decodes, drafts and prompts.
+
+The plan cuts a step into items: a tile of query tokens of one sequence, and a run of keys that it sees. What is
+parallel is (item, KV head, some heads of its group); each program is flash attention over its item's keys, which it
+gathers through the block table, several blocks a turn. The rows of its products are tokens times heads of the group,
+so that all of them share each K and V that is loaded.
+
+Runs of keys are as long as lets all the sequences' keys together fill the GPU (flash decoding): one long sequence
+beside many short ones becomes many items, not one slow one. Items that have their tile to themselves write the output;
+the others write partial results, which a second kernel merges by their log-sum-exp. A kernel and not XLA: XLA would
+merge the worst case's items, this one those that there are.
+
+How many items there are is known on the device only, so a grid has room for the most, and programs without an item
+return at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Setting, Shape, stored
+
+AMPERE, ADA = (8, 0), (8, 9)
+WIDE_DTYPES, NARROW_DTYPES = ("float32", "bfloat16", "float16"), ("float8_e4m3fn", "int8")
+MASKED = -1e30
+"""Instead of -inf as the maximum of no scores: a row that sees nothing must not turn into NaN."""
+LOG2_E = math.log2(math.e)
+"""Softmax is computed in powers of two, which the hardware has."""
+LEAST = 16
+"""Rows, columns and depth of the smallest product on tensor cores."""
+WRITE_ROWS = 16
+"""Tokens that one program writes to the cache."""
+MERGE_ELEMENTS = 8192
+"""Of partial outputs that one turn of the merging kernel loads: 32 float32 registers in each thread of 8 warps."""
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of the attention kernel; powers of two."""
+
+    heads: int
+    """Query heads of a group that one program computes: its rows are these times the query tokens of its item."""
+    keys: int
+    """That it loads a turn."""
+    num_warps: int
+    num_stages: int
+    """Of the loop over keys: how many turns' loads are under way at once."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the plan cuts up the work of some of the sequences."""
+
+    tokens: int
+    """Query tokens of an item; a power of two."""
+    parts: int
+    """Runs of keys, besides one per tile of query tokens, that there is room for: enough to fill a GPU."""
+    unit: int = 64
+    """Runs of keys are multiples of it."""
+    min_keys: int = 256
+    """Of a run, if its tile has more than one: partial results are traffic too, 2 * group / keys of the K and V that
+    they are of, counting float32 results, written and read, against 16-bit keys."""
+    tile: Tile | None = None
+    """None = ``tile_for``."""
+
+    @property
+    def min_units(self) -> int:
+        return max(1, self.min_keys // self.unit)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A tuner may find better ones."""
+
+    decode: Cut = Cut(tokens=1, parts=256)
+    """Where every sequence has one token. 256 parts: two for each of an H200's 132 SMs, even of one KV head."""
+    few: Cut = Cut(tokens=8, parts=128)
+    """Sequences of at most ``few.tokens`` tokens in a mixed step: decodes and drafts."""
+    many: Cut = Cut(tokens=64, parts=32, min_keys=1024)
+    """Prompt chunks. They are cut along the keys only where there are few tiles of tokens with a long past."""
+
+
+def tile_for(head_dim: int, group: int, dtype: str, tokens: int) -> Tile:
+    """The sizes for queries of ``dtype`` in items of ``tokens`` tokens.
+
+    Rows: all the group's heads if tokens are few, but at most 64; with many tokens 128, because each key is loaded
+    once for all rows, and 64 where head_dim is over 128. The accumulator has rows * head_dim float32: at most 32
+    registers of a thread in 4 warps, 64 in 8. (64 rows in 4 warps spill on an A100.)
+    Keys: 64, as long as that keeps the loads under way within the shared memory of an A100 (163 KiB) for two programs
+    of a decode or one of a prompt chunk. A stage's loads are K and V, 32 KiB; jax's loads through a table take two
+    stages, and the products one, so that 5 stages have two turns under way and 3 have one.
+    float32 has no tensor cores that are exact enough: its products are unrolled multiply-adds, which only small tiles
+    keep in registers.
+    """
+    width = padded(head_dim)
+    narrow = tokens < LEAST
+    most_rows = LEAST if dtype == "float32" else 64 if narrow or width > 128 else 128
+    heads = max(1, LEAST // tokens, min(_power_of_2(group), most_rows // tokens))
+    if dtype == "float32":
+        return Tile(heads, LEAST, 4 if heads * tokens * width <= LEAST * 128 else 8, 2)
+    keys = min(64, 64 * 128 // width)
+    num_warps = 4 if heads * tokens <= 32 and heads * tokens * width <= 32 * 128 else 8
+    return Tile(heads, keys, num_warps, 5 if tokens == 1 else 3)
+
+
+def padded(head_dim: int) -> int:
+    """Arrays inside a kernel have powers of two for sizes."""
+    return max(LEAST, _power_of_2(head_dim))
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest that is not less."""
+    return 1 << (n - 1).bit_length()
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+def cache_shapes(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> CacheShapes:
+    """Both [block, kv_head, token, head_dim]: a head's tokens in a block lie together, and so does what a thread
+    loads at once."""
+    shape = (num_blocks, kv_heads, block_size, head_dim)
+    return shape, shape
+
+
+def write(
+    k_cache: Array, v_cache: Array, k: Array, v: Array, slot_mapping: Array, scoring: Scoring, interpret: bool
+) -> tuple[Array, Array]:
+    """In place. XLA's scatter would be as well, but writes 16-bit numbers that may collide by compare-and-swap."""
+    _check_offsets(k_cache)
+    kv_heads = k.shape[1]
+    new = (stored(k, k_cache.dtype, scoring.k_scale), stored(v, v_cache.dtype, scoring.v_scale))
+    caches = (k_cache, v_cache)
+    written = pl.pallas_call(
+        partial(_write_kernel, kv_heads=kv_heads),
+        grid=(kv_heads, pl.cdiv(k.shape[0], WRITE_ROWS)),
+        out_shape=[jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in caches],
+        input_output_aliases={3: 0, 4: 1},
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        name="write_kv",
+    )(slot_mapping, *(_rows(x) for x in new), *caches)
+    return written[0], written[1]
+
+
+def _write_kernel(
+    slots: Any, k: Any, v: Any, k_before: Any, v_before: Any, k_cache: Any, v_cache: Any, *, kv_heads: int
+) -> None:
+    """One KV head of some tokens: rows of k, v [T*K, H] to the caches [blocks, K, size, H]."""
+    kv, num_tokens, head_dim = pl.program_id(0), slots.shape[0], k.shape[1]
+    num_blocks, _, size, _ = k_cache.shape
+    token = pl.program_id(1) * WRITE_ROWS + jnp.arange(WRITE_ROWS, dtype=jnp.int32)
+    real = token < num_tokens
+    slot = plt.load(slots.at[token], mask=real, other=0)
+    block = _nowhere_unless(real, jax.lax.div(slot, size), num_blocks)
+    place = (block[:, None], kv, jax.lax.rem(slot, size)[:, None])
+    column, mask = _columns(real, head_dim)
+    for new, cache in ((k, k_cache), (v, v_cache)):
+        values = plt.load(new.at[(token * kv_heads + kv)[:, None], column], mask=mask)
+        plt.store(cache.at[(*place, column)], values, mask=mask)
+
+
+def _check_offsets(cache: Array) -> None:
+    """jax's Triton lowering computes offsets in 32 bits, of which one is the sign, for arrays of up to 2**32 bytes."""
+    if cache.size > 1 << 31 and cache.nbytes <= 1 << 32:
+        raise ValueError(
+            f"a cache of {cache.nbytes:,} bytes of {cache.dtype} has elements that a Triton kernel cannot address; "
+            f"take at most {1 << 31:,} or more than {1 << 32:,} bytes per layer"
+        )
+
+
+def _rows(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """Query tokens of one sequence. All int32 [N]. ``row`` and ``row_end``: its rows (none: a dead one); ``low`` and
+    ``high``: the keys that any of them sees."""
+
+    sequence: Array
+    row: Array
+    row_end: Array
+    low: Array
+    high: Array
+
+
+class Items(NamedTuple):
+    """A tile and a run of its keys. All int32 [W]; dead ones (behind the others) have no rows. ``slot``: where its
+    partial result goes; -1: its tile has no other item, and it writes the output."""
+
+    sequence: Array
+    row: Array
+    row_end: Array
+    low: Array
+    high: Array
+    slot: Array
+
+
+class Merges(NamedTuple):
+    """A tile with several items. All int32 [M]; dead ones have no rows. ``slot``: of its first item."""
+
+    row: Array
+    row_end: Array
+    slot: Array
+    count: Array
+
+
+class Work(NamedTuple):
+    items: Items
+    merges: Merges | None
+    """None where tables are too short for a tile to have several items."""
+
+
+class Plan(NamedTuple):
+    """``tables`` [S, B], ``visible`` [T] as in ``Ragged``; ``attended`` [T]: whether a token sees anything; ``works``:
+    of each of the step's cuts."""
+
+    tables: Array
+    visible: Array
+    attended: Array
+    works: tuple[Work, ...]
+
+
+def _cuts(tiling: Tiling, shape: Shape) -> tuple[Cut, ...]:
+    return (tiling.decode,) if shape.one_token_each else (tiling.few, tiling.many)
+
+
+def plan(ragged: Ragged, num_tokens: int, shape: Shape, tiling: Tiling) -> Plan:
+    starts, ends = ragged.cu_q_lens[:-1], ragged.cu_q_lens[1:]
+    q_lens = ends - starts
+    sequences = jnp.arange(q_lens.shape[0], dtype=jnp.int32)
+    first, *rest = _cuts(tiling, shape)
+    tiles = [(sequences, starts, jnp.where(q_lens <= first.tokens, ends, starts))]
+    tiles += [_tiles_of_many(starts, jnp.where(q_lens > first.tokens, q_lens, 0), num_tokens, first, c) for c in rest]
+    works = tuple(
+        _work(_with_keys(*rows, ragged.visible, shape), ragged.block_tables.shape[1] * shape.block_size, cut)
+        for rows, cut in zip(tiles, (first, *rest), strict=True)
+    )
+    attended = (jnp.arange(num_tokens) < ends[-1]) & (ragged.visible > 0)
+    return Plan(ragged.block_tables, ragged.visible, attended, works)
+
+
+def _tiles_of_many(starts: Array, q_lens: Array, num_tokens: int, few: Cut, cut: Cut) -> tuple[Array, Array, Array]:
+    """Sequence, first row and row end of every tile of the sequences with more tokens than ``few`` has; q_lens of the
+    others are 0."""
+    tiles = -(-q_lens // cut.tokens)
+    ends = jnp.cumsum(tiles)
+    most = num_tokens // cut.tokens + min(q_lens.shape[0], num_tokens // (few.tokens + 1))
+    i = jnp.arange(max(1, most), dtype=jnp.int32)
+    sequence = jnp.minimum(_rank(i, ends), q_lens.shape[0] - 1)
+    row = _take(starts, sequence) + (i - _take(ends - tiles, sequence)) * cut.tokens
+    row_end = jnp.minimum(row + cut.tokens, _take(starts + q_lens, sequence))
+    return sequence, row, jnp.where(i < ends[-1], row_end, row)
+
+
+def _with_keys(sequence: Array, row: Array, row_end: Array, visible: Array, shape: Shape) -> Tiles:
+    high = jnp.where(row_end > row, _take(visible, row_end - 1), 0)
+    low = jnp.zeros_like(high) if shape.window is None else jnp.maximum(_take(visible, row) - shape.window, 0)
+    return Tiles(sequence, row, row_end, jnp.minimum(low, high), high)
+
+
+def _work(tiles: Tiles, max_keys: int, cut: Cut) -> Work:
+    """Every tile's keys in runs of one length, in units: the shortest of which no more than ``cut.parts`` are full."""
+    first = tiles.low // cut.unit
+    units = -(-tiles.high // cut.unit) - first
+    length = jnp.maximum(-(-jnp.sum(units) // cut.parts), cut.min_units)
+    count = -(-units // length)
+    several = jnp.where(count > 1, count, 0)
+    ends, slot_ends = jnp.cumsum(count), jnp.cumsum(several)
+
+    can_be_cut = -(-max_keys // cut.unit) > cut.min_units
+    w = jnp.arange(count.shape[0] + (cut.parts if can_be_cut else 0), dtype=jnp.int32)
+    tile = jnp.minimum(_rank(w, ends), count.shape[0] - 1)
+    sequence, row, row_end, low, high = (_take(x, tile) for x in tiles)
+    i = w - _take(ends - count, tile)
+    start = _take(first, tile) + i * length
+    items = Items(
+        sequence,
+        row,
+        jnp.where(w < ends[-1], row_end, row),
+        jnp.maximum(low, start * cut.unit),
+        jnp.minimum(high, (start + length) * cut.unit),
+        jnp.where(_take(several, tile) > 0, _take(slot_ends - several, tile) + i, -1),
+    )
+    return Work(items, _merges(tiles, several, slot_ends - several, cut) if can_be_cut else None)
+
+
+def _merges(tiles: Tiles, several: Array, slot: Array, cut: Cut) -> Merges:
+    """There are at most ``cut.parts``, because each has more than one full run; their items are at most ``cut.parts``
+    full ones, and a rest in each."""
+    rank = jnp.cumsum((several > 0).astype(jnp.int32))
+    m = jnp.arange(min(cut.parts, several.shape[0]), dtype=jnp.int32)
+    tile = jnp.minimum(_rank(m, rank), several.shape[0] - 1)
+    row, row_end, slot, several = (_take(x, tile) for x in (tiles.row, tiles.row_end, slot, several))
+    return Merges(row, jnp.where(m < rank[-1], row_end, row), slot, several)
+
+
+def _rank(x: Array, ends: Array) -> Array:
+    """How many of ``ends`` are not above each x."""
+    return jnp.sum((x[:, None] >= ends[None]).astype(jnp.int32), axis=1)
+
+
+def _take(x: Array, index: Array) -> Array:
+    return x.at[index].get(mode="clip")
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Static:
+    """What the attention kernel is compiled for."""
+
+    cut: Cut
+    tile: Tile
+    shape: Shape
+    scoring: Scoring
+    kv_heads: int
+    group: int
+    table_width: int
+    dtype: jnp.dtype
+    """Of the products' operands."""
+    aliased: bool
+    """Whether it adds to outputs that another has begun."""
+
+    @property
+    def rows(self) -> int:
+        return self.cut.tokens * self.tile.heads
+
+    def row_of(self, token: Array, kv: Array, head: Array) -> Array:
+        """Of q and the outputs, flattened."""
+        return (token * self.kv_heads + kv) * self.group + head
+
+
+def attend(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    plan: Plan,
+    shape: Shape,
+    scoring: Scoring,
+    tiling: Tiling,
+    interpret: bool,
+) -> tuple[Array, Array]:
+    _check_offsets(k_cache)
+    outputs: tuple[Array, Array] | None = None
+    for cut, work in zip(_cuts(tiling, shape), plan.works, strict=True):
+        static = Static(
+            cut,
+            cut.tile or tile_for(q.shape[3], q.shape[2], str(q.dtype), cut.tokens),
+            shape,
+            scoring,
+            q.shape[1],
+            q.shape[2],
+            plan.tables.shape[1],
+            _operand_dtype(q.dtype, k_cache.dtype),
+            outputs is not None,
+        )
+        outputs = _attend_work(q, (k_cache, v_cache), plan, work, outputs, static, interpret)
+    assert outputs is not None
+    attended = plan.attended[:, None]
+    out, lse = outputs[0].reshape(q.shape), outputs[1].reshape(q.shape[:-1])
+    return jnp.where(attended[..., None, None], out, 0.0), jnp.where(attended[..., None], lse, MASKED)
+
+
+def _operand_dtype(q: jnp.dtype, cache: jnp.dtype) -> jnp.dtype:
+    """All 8-bit numbers are exact in 16 bits; 16 and 32 bits go up to the wider."""
+    return q if cache.itemsize == 1 or cache == q else jnp.dtype(jnp.float32)
+
+
+def _attend_work(
+    q: Array,
+    caches: tuple[Array, Array],
+    plan: Plan,
+    work: Work,
+    outputs: tuple[Array, Array] | None,
+    static: Static,
+    interpret: bool,
+) -> tuple[Array, Array]:
+    """Output [T*K*G, H] and log-sum-exp [T*K*G] of the rows of ``work``; the others are those of ``outputs``, or
+    undefined if it is None."""
+    head_dim = q.shape[-1]
+    num_rows = math.prod(q.shape[:-1])
+    out_shape = [
+        jax.ShapeDtypeStruct((num_rows, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((num_rows,), jnp.float32),
+    ]
+    if work.merges is not None:
+        num_slots = static.cut.parts + work.merges.row.shape[0]
+        num_partial = num_slots * static.cut.tokens * static.kv_heads * static.group
+        out_shape += [jax.ShapeDtypeStruct((num_partial, *x.shape[1:]), jnp.float32) for x in out_shape]
+    inputs = (*work.items, plan.tables.reshape(-1), plan.visible, _rows(q), *caches)
+    out, lse, *partials = pl.pallas_call(
+        partial(_attend_kernel, static=static),
+        grid=(pl.cdiv(static.group, static.tile.heads), static.kv_heads, work.items.row.shape[0]),
+        out_shape=out_shape,
+        input_output_aliases={} if outputs is None else {len(inputs): 0, len(inputs) + 1: 1},
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=static.tile.num_warps, num_stages=static.tile.num_stages),
+        name="attend",
+    )(*inputs, *(outputs or ()))
+    if work.merges is None:
+        return out, lse
+    return _merge((out, lse), (partials[0], partials[1]), work.merges, static, interpret)
+
+
+def _attend_kernel(*refs: Any, static: Static) -> None:
+    """One item, KV head and ``static.tile.heads`` heads of its group. refs: an item's fields [W]; tables [S*B],
+    visible [T], q [T*K*G, H], caches [blocks, K, size, H]; the outputs so far, if any; output [T*K*G, H], log-sum-exp
+    [T*K*G], and the same of partial results [slots*tokens*K*G, ...], if any."""
+    items, inputs, outputs = Items(*refs[:6]), refs[6:11], refs[11 + 2 * static.aliased :]
+    # In a sequence the last tile sees most keys: it goes first.
+    w = items.row.shape[0] - 1 - pl.program_id(2)
+    item = Items(*(field[w] for field in items))
+    kv, first_head = pl.program_id(1), pl.program_id(0) * static.tile.heads
+
+    @pl.when(item.row < item.row_end)
+    def attend_item() -> None:
+        _attend_item(item, kv, first_head, (inputs, outputs), static)
+
+
+def _attend_item(item: Items, kv: Array, first_head: Array, refs: tuple[Any, Any], static: Static) -> None:
+    (tables, visible, q_ref, k_ref, v_ref), outputs = refs
+    heads, scoring = static.tile.heads, static.scoring
+    r = jnp.arange(static.rows, dtype=jnp.int32)
+    token = item.row + jax.lax.div(r, heads)
+    head = first_head + jax.lax.rem(r, heads)
+    mine = (token < item.row_end) & (head < static.group)
+    row = static.row_of(token, kv, head)
+    end = plt.load(visible.at[token], mask=mine, other=0)
+    begin = end - (static.shape.window or 0)
+    end = jnp.minimum(end, item.high)
+    column, mask = _columns(mine, q_ref.shape[1])
+    q = plt.load(q_ref.at[row[:, None], column], mask=mask, other=0).astype(static.dtype)
+    width = column.shape[1]
+
+    def turn(i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        maximum, total, values = so_far
+        key = item.low + i * static.tile.keys + jnp.arange(static.tile.keys, dtype=jnp.int32)
+        real = key < item.high
+        column, mask = _columns(real, k_ref.shape[3])
+        place = (*_place_of(key, real, item.sequence, tables, kv, static), column)
+        k = _loaded(k_ref, place, mask, static.dtype)
+        scores = _product(q, k.T)
+        sees = key[None, :] < end[:, None]
+        if static.shape.window is not None:
+            sees &= key[None, :] >= begin[:, None]
+        scores = jnp.where(sees, _scaled(scores, scoring), -jnp.inf)
+        new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=1))
+        keep = jnp.exp2(maximum - new_maximum)
+        weights = jnp.exp2(scores - new_maximum[:, None])
+        # Masked to zero and not only weighted by it: what nobody wrote may be NaN.
+        v = _loaded(v_ref, place, mask, static.dtype)
+        values = values * keep[:, None] + _product(weights.astype(static.dtype), v)
+        return new_maximum, total * keep + jnp.sum(weights, axis=1), values
+
+    empty = (
+        jnp.full((static.rows,), MASKED, jnp.float32),
+        jnp.zeros((static.rows,), jnp.float32),
+        jnp.zeros((static.rows, width), jnp.float32),
+    )
+    turns = pl.cdiv(item.high - item.low, static.tile.keys)
+    maximum, total, values = jax.lax.fori_loop(0, turns, turn, empty)
+    total = jnp.maximum(total, 1e-30)
+    out = values * (scoring.v_scale / total)[:, None]
+    lse = maximum / LOG2_E + jnp.log(total)
+    _store_rows(outputs[:2], row, mine & (item.slot < 0), out, lse)
+    if len(outputs) > 2:
+        place = item.slot * static.cut.tokens + token - item.row
+        _store_rows(outputs[2:], static.row_of(place, kv, head), mine & (item.slot >= 0), out, lse)
+
+
+def _place_of(key: Array, real: Array, sequence: Array, tables: Any, kv: Array, static: Static) -> tuple[Array, ...]:
+    """Where a cache has each key [keys, 1], through the table."""
+    size = static.shape.block_size
+    block = plt.load(tables.at[sequence * static.table_width + jax.lax.div(key, size)], mask=real, other=0)
+    return block[:, None], kv, jax.lax.rem(key, size)[:, None]
+
+
+def _loaded(cache: Any, place: tuple[Array, ...], mask: Array, dtype: jnp.dtype) -> Array:
+    """Zero where masked. Of float8, jax's Triton lowering cannot make the zero that a masked load fills in."""
+    if cache.dtype == jnp.float8_e4m3fn:
+        return jnp.where(mask, plt.load(cache.at[place], mask=mask).astype(dtype), jnp.zeros((), dtype))
+    return plt.load(cache.at[place], mask=mask, other=0).astype(dtype)
+
+
+def _columns(rows: Array, head_dim: int) -> tuple[Array, Array]:
+    """Columns [1, width] of rows of ``head_dim`` numbers, and which of them are there of which ``rows``."""
+    column = jnp.arange(padded(head_dim), dtype=jnp.int32)[None, :]
+    mask = jnp.broadcast_to(rows[:, None], (rows.shape[0], column.shape[1]))
+    return column, mask if column.shape[1] == head_dim else mask & (column < head_dim)
+
+
+def _product(a: Array, b: Array) -> Array:
+    """In float32 without TF32, which has 10 bits."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _scaled(scores: Array, scoring: Scoring) -> Array:
+    """In units of log 2."""
+    scale = scoring.scale * scoring.k_scale
+    if scoring.softcap is None:
+        return scores * (scale * LOG2_E)
+    return jnp.tanh(scores * (scale / scoring.softcap)) * (scoring.softcap * LOG2_E)
+
+
+def _store_rows(outputs: tuple[Any, ...], row: Array, mask: Array, out: Array, lse: Array) -> None:
+    out_ref, lse_ref = outputs
+    row = _nowhere_unless(mask, row, out_ref.shape[0])
+    column, in_row = _columns(mask, out_ref.shape[1])
+    plt.store(out_ref.at[row[:, None], column], out, mask=in_row)
+    plt.store(lse_ref.at[row], lse, mask=mask)
+
+
+def _nowhere_unless(mask: Array, row: Array, num_rows: int) -> Array:
+    """The interpreter writes what was there where a store is masked. Behind the end it writes nothing."""
+    return jnp.where(mask, row, num_rows)
+
+
+# -- merging partial results -------------------------------------------------------------------------------------------
+
+
+def _merge(
+    outputs: tuple[Array, Array], partials: tuple[Array, Array], merges: Merges, static: Static, interpret: bool
+) -> tuple[Array, Array]:
+    """Fill the rows of the tiles that have several items."""
+    heads = _power_of_2(static.group)
+    # With one token there may be hundreds of items to merge, with many tokens only a few of many rows.
+    rows = min(8, 4 * static.cut.tokens, heads * static.cut.tokens)
+    out, lse = pl.pallas_call(
+        partial(_merge_kernel, static=static, rows=rows),
+        grid=(pl.cdiv(heads * static.cut.tokens, rows), static.kv_heads, merges.row.shape[0]),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+        input_output_aliases={6: 0, 7: 1},
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=8, num_stages=2),
+        name="merge",
+    )(*merges, *partials, *outputs)
+    return out, lse
+
+
+def _merge_kernel(*refs: Any, static: Static, rows: int) -> None:
+    """Some rows of a tile. refs: a merge's fields [M], partial output [slots*tokens*K*G, H] and log-sum-exp; the
+    outputs so far; the outputs."""
+    merges, partials, outputs = Merges(*refs[:4]), refs[4:6], refs[8:]
+    merge = Merges(*(field[pl.program_id(2)] for field in merges))
+    heads = _power_of_2(static.group)
+    kv, first = pl.program_id(1), pl.program_id(0) * rows
+
+    @pl.when(merge.row + jax.lax.div(first, heads) < merge.row_end)
+    def merge_rows() -> None:
+        r = first + jnp.arange(rows, dtype=jnp.int32)
+        token, head = jax.lax.div(r, heads), jax.lax.rem(r, heads)
+        mine = (merge.row + token < merge.row_end) & (head < static.group)
+        of_slot = static.row_of(merge.slot * static.cut.tokens + token, kv, head)
+        step = static.cut.tokens * static.kv_heads * static.group
+        out, lse = _merge_rows(partials, of_slot, mine, merge.count, step)
+        _store_rows(outputs, static.row_of(merge.row + token, kv, head), mine, out, lse)
+
+
+def _merge_rows(partials: tuple[Any, ...], first: Array, mine: Array, count: Array, step: int) -> tuple[Array, Array]:
+    """Of rows ``first``, ``first + step`` and so on, ``count`` in all, one output and log-sum-exp."""
+    out_ref, lse_ref = partials
+    rows, head_dim = first.shape[0], out_ref.shape[1]
+    width = padded(head_dim)
+    items = max(1, MERGE_ELEMENTS // (rows * width))
+    column = jnp.arange(width, dtype=jnp.int32)[None, None, :]
+
+    def turn(i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        maximum, total, values = so_far
+        item = i * items + jnp.arange(items, dtype=jnp.int32)[:, None]
+        there = (item < count) & mine[None, :]
+        row = first[None, :] + item * step
+        lse = plt.load(lse_ref.at[row], mask=there, other=MASKED)
+        mask = there[:, :, None] & (column < head_dim)
+        out = plt.load(out_ref.at[row[:, :, None], column], mask=mask, other=0)
+        new_maximum = jnp.maximum(maximum, jnp.max(lse, axis=0))
+        keep = jnp.exp(maximum - new_maximum)
+        weight = jnp.where(there, jnp.exp(lse - new_maximum[None, :]), 0.0)
+        values = values * keep[:, None] + jnp.sum(out * weight[:, :, None], axis=0)
+        return new_maximum, total * keep + jnp.sum(weight, axis=0), values
+
+    empty = (
+        jnp.full((rows,), MASKED, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows, width), jnp.float32),
+    )
+    maximum, total, values = jax.lax.fori_loop(0, pl.cdiv(count, items), turn, empty)
+    total = jnp.maximum(total, 1e-30)
+    return values / total[:, None], maximum + jnp.log(total)
+
+
+# -- what dispatch knows -----------------------------------------------------------------------------------------------
+
+
+def refuses(setting: Setting) -> str | None:
+    """Of the compiled kernels."""
+    capability = setting.capability or (0, 0)
+    if setting.platform != "gpu" or capability < AMPERE:
+        return "it is for NVIDIA GPUs of compute capability 8.0 and above"
+    if setting.kv_dtype == "float8_e4m3fn" and capability < ADA:
+        return "Triton reads float8_e4m3fn from compute capability 8.9 on only"
+    return _refuses_types(setting)
+
+
+def _refuses_interpreted(setting: Setting) -> str | None:
+    return "the interpreter is for CPUs" if setting.platform != "cpu" else _refuses_types(setting)
+
+
+def _refuses_types(setting: Setting) -> str | None:
+    if setting.dtype not in WIDE_DTYPES:
+        return f"queries are of {', '.join(WIDE_DTYPES)}"
+    if setting.kv_dtype not in WIDE_DTYPES + NARROW_DTYPES:
+        return f"caches are of {', '.join(WIDE_DTYPES + NARROW_DTYPES)}"
+    return None
+
+
+def implementation(
+    name: str,
+    refuses: Callable[[Setting], str | None],
+    tiling: Tiling,
+    interpret: bool = False,
+) -> PagedAttention:
+    return PagedAttention(
+        name,
+        cache_shapes,
+        partial(write, interpret=interpret),
+        partial(plan, tiling=tiling),
+        partial(attend, tiling=tiling, interpret=interpret),
+        refuses,
+    )
+
+
+SMALL = Tiling(
+    decode=Cut(tokens=1, parts=8, unit=8, min_keys=8, tile=Tile(16, 16, 4, 1)),
+    few=Cut(tokens=2, parts=4, unit=8, min_keys=8, tile=Tile(8, 16, 4, 1)),
+    many=Cut(tokens=16, parts=4, unit=16, min_keys=16, tile=Tile(2, 16, 4, 1)),
+)
+"""For the interpreter: contexts of tests are cut into several items, and its turns are short."""
+
+IMPLEMENTATION = implementation("triton", refuses, Tiling())
+INTERPRETED = implementation("triton_interpreted", _refuses_interpreted, SMALL, interpret=True)
