@@ -27,8 +27,6 @@ from jaxserve.step import Step
 from pallas_kernels.paged_attention import PagedAttention
 from sharding import ShardingRules
 
-Q_AXES = ("replica", None, "kv_heads", None, None)
-HEAD_AXES = ("replica", None, "kv_heads", None)
 SCORE_ROWS = (8, 64)
 """Numbers of rows that log-probabilities are computed for at once."""
 COMPILE_THREADS = min(8, os.cpu_count() or 1)

@@ -20,14 +20,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.batch import FLOAT_FIELDS, BatchLayout
 from jaxserve.device_state import KV_AXES, SLOT_AXES, DeviceState
+from jaxserve.layers.attention import Projection, head_norm
 from jaxserve.models.config import DecoderConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.sampler import SamplerState, SamplingRows, Wanted, count_tokens, sample
+from pallas_kernels.kv_write import Inputs
+from pallas_kernels.kv_write.reference import before
 from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Shape
 from sharding import ShardingRules
 
-Q_AXES = ("replica", None, "kv_heads", None, None)
-HEAD_AXES = ("replica", None, "kv_heads", None)
+HEAD_AXES = ("replica", None, "kv_heads", None, None)
+"""Of projections [dp, T, K, G+2, H], and of what attention makes of them."""
 WHOLE_AXES = ("replica", None, "embed")
 """Of activations [dp, T, D]."""
 
@@ -244,9 +247,9 @@ class PagedLayers:
         self.ragged = Ragged(**{name: fields[name] for name in Ragged._fields})
         self.keys, self.values = list(caches[0]), list(caches[1])
         self._plans: dict[int, Any] = {}
-        self._attend = jax.jit(self._write_and_attend, static_argnums=(7, 8))
+        self._attend = jax.jit(self._write_and_attend, static_argnums=(5, 6))
 
-    def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
+    def __call__(self, layer: int, projection: Projection) -> Array:
         step, decoder = self.step, self.step.decoder
         group = step.layer_groups[layer]
         shape = Shape(step.block_size, step.windows[group], self.layout.one_token_each)
@@ -255,7 +258,7 @@ class PagedLayers:
             self._plans[group] = self._plan(group, shape)
         slots = self.ragged.slot_mapping[:, group]
         out, self.keys[layer], self.values[layer] = self._attend(
-            q, k, v, self.keys[layer], self.values[layer], slots, self._plans[group], shape, scoring
+            projection, self.keys[layer], self.values[layer], slots, self._plans[group], shape, scoring
         )
         return out
 
@@ -276,9 +279,7 @@ class PagedLayers:
 
     def _write_and_attend(
         self,
-        q: Array,
-        k: Array,
-        v: Array,
+        projection: Projection,
         keys: Array,
         values: Array,
         slots: Array,
@@ -287,20 +288,22 @@ class PagedLayers:
         scoring: Scoring,
     ) -> tuple[Array, Array, Array]:
         attention, spec, ranks = self.step.attention, self.step.rules.spec, self.step.mesh.shape["cp"]
+        norm = head_norm(self.step.decoder)
 
-        def one_device(*args: Any) -> tuple[Array, ...]:
-            *arrays, plan = args
-            q, k, v, keys, values, slots = (x[0] for x in arrays)
+        def one_device(projection: Projection, keys: Array, values: Array, slots: Array, plan: Any) -> Any:
+            qkv, rope, weights = projection
+            rope = None if rope is None else (rope[0][0], rope[1][0])
+            inputs = Inputs(qkv[0], own_slots(slots[0], shape.block_size, ranks), rope, weights)
+            q, keys, values = before(attention.write)(keys[0], values[0], inputs, norm, scoring)
             plan = jax.tree.map(lambda x: x[0, 0], plan)
-            keys, values = attention.write(keys, values, k, v, own_slots(slots, shape.block_size, ranks), scoring)
             out, lse = attention.attend(q, keys, values, plan, shape, scoring)
             if ranks > 1:
                 out = merge(out, lse, "cp")
             return out.astype(q.dtype)[None], row_major(keys[None]), row_major(values[None])
 
         kv, heads, replica = spec(KV_AXES), spec(HEAD_AXES), spec(("replica",))
-        specs = (spec(Q_AXES), heads, heads, kv, kv, replica, spec(("replica", "kv_blocks")))
-        return self._on_each_device(one_device, specs, (spec(Q_AXES), kv, kv))(q, k, v, keys, values, slots, plan)
+        specs = (Projection._make((heads, replica, PartitionSpec())), kv, kv, replica, spec(("replica", "kv_blocks")))
+        return self._on_each_device(one_device, specs, (heads, kv, kv))(projection, keys, values, slots, plan)
 
     def _on_each_device(self, f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         if self.inside_stage:  # already manual over pp; the mesh is the context's

@@ -81,18 +81,6 @@ def frequencies(rope: RopeConfig, lengths: Array) -> Array:
 
 
 def rope_tables(rope: RopeConfig, positions: Array, lengths: Array) -> tuple[Array, Array]:
-    """cos and sin of every token's angles, float32 [R, T, 1, dim/2], scaled by the attention factor."""
+    """cos and sin of every token's angles, float32 [R, T, dim/2], scaled by the attention factor."""
     angles = positions.astype(jnp.float32)[..., None] * frequencies(rope, lengths)
-    angles = angles[:, :, None]
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
-
-
-def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the first 2·cos.shape[-1] entries of each head.
-
-    x [R, T, heads, H]; cos and sin [R, T, 1, dim/2]. Computed in float32, returned in x's dtype.
-    """
-    half = cos.shape[-1]
-    first, second = (x[..., i * half : (i + 1) * half].astype(jnp.float32) for i in (0, 1))
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*(r.astype(x.dtype) for r in rotated), x[..., 2 * half :]], axis=-1)

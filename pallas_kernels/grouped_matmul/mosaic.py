@@ -1,0 +1,161 @@
+"""Grouped matmul with Pallas's Mosaic backend, for Hopper: tiles come by TMA, products are wgmma.
+
+The plan is the Triton implementation's: row tiles of one expert each. A tile starts at its expert's first row, so what
+TMA loads may go on into the next expert's rows, or past the last: a row of x only changes its own row of the output,
+and only the tile's rows are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul import GroupedMatmul, Setting, Weights
+from pallas_kernels.grouped_matmul.triton import Plan, place, plan_tiles, power_of_two
+
+DTYPES = ("bfloat16", "float16")
+STEP = 64
+"""128 bytes."""
+SWIZZLED = plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+"""How wgmma wants 16-bit tiles to lie in shared memory."""
+WARPGROUP_ROWS = 64
+"""Of the smallest wgmma."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut up. ``rows`` x ``columns`` of the output are one program's, which goes through K in steps
+    of ``depth``, of which ``num_stages`` are loaded or under way. ``band``: row tiles that are done for one tile of
+    columns before the next, so that they share it in the L2 cache."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_stages: int
+    band: int = 32
+
+
+def tile_rows(num_rows: int, num_experts: int) -> int:
+    """The rows an expert has on average, between what one wgmma takes and two: see ``triton.tile_rows``."""
+    return min(128, max(WARPGROUP_ROWS, power_of_two(-(-num_rows // num_experts))))
+
+
+def tiles_for(rows: int, columns: int) -> Tiles:
+    """128 columns: the accumulator is 128 registers a thread of one warpgroup. Steps of 128 bytes of K, the widest
+    swizzle; three of them are 96 of 227 KiB of shared memory, so that two programs share an SM and one loads or
+    stores while the other multiplies."""
+    return Tiles(rows, 128 if columns > STEP else STEP, STEP, num_stages=3)
+
+
+def _body(plan: Any, x: Any, w: Any, out: Any, *, tiles: Tiles) -> None:
+    num_experts, depth, columns = w.shape
+    tile, n = place(lax.axis_index("program"), plan.row.shape[0], pl.cdiv(columns, tiles.columns), tiles.band)
+    expert, row, row_end = plan.expert[tile], plan.row[tile], plan.row_end[tile]
+    shape = tiles.rows, tiles.columns
+
+    def store(sums: Array) -> None:
+        pl.run_scoped(partial(_store, sums, out, row, row_end, n * tiles.columns), plgpu.SMEM(shape, out.dtype))
+
+    @pl.when((row < row_end) & (expert < num_experts))
+    def _() -> None:
+        def product(acc: Any) -> Array:
+            pipeline = plgpu.emit_pipeline(
+                lambda _, x_tile, w_tile: plgpu.wgmma(acc, x_tile, w_tile),
+                grid=(depth // tiles.depth,),
+                in_specs=[
+                    plgpu.BlockSpec((tiles.rows, tiles.depth), lambda k: (0, k), transforms=SWIZZLED, delay_release=1),
+                    plgpu.BlockSpec(
+                        (tiles.depth, tiles.columns), lambda k: (k, n), transforms=SWIZZLED, delay_release=1
+                    ),
+                ],
+                max_concurrent_steps=tiles.num_stages,
+            )
+            pipeline(x.at[pl.ds(row, tiles.rows)], w.at[expert])
+            return acc[...]
+
+        store(pl.run_scoped(product, plgpu.ACC(shape)))  # pyright: ignore[reportPrivateImportUsage]
+
+    @pl.when((row < row_end) & (expert == num_experts))
+    def _() -> None:
+        store(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA))
+
+
+def _store(sums: Array, out: Any, row: Array, row_end: Array, column: Array, staged: Any) -> None:
+    """TMA stores have sizes that are known beforehand: as many rows as there are go in powers of two."""
+    staged[...] = sums.astype(staged.dtype)
+    plgpu.commit_smem()
+    rows, columns = staged.shape
+    count = row_end - row
+    done: Any = 0
+    while rows:
+        now = rows
+
+        @pl.when(count & now != 0)
+        def _(now: int = now, done: Any = done) -> None:
+            to = out.at[pl.ds(row + done, now), pl.ds(column, columns)]
+            plgpu.copy_smem_to_gmem(staged.at[pl.ds(done, now)], to)
+
+        done = done + (count & now)
+        rows //= 2
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def product(x: Array, weights: Weights, plan: Plan, tiles: Tiles | None = None, interpret: Any = False) -> Array:
+    """[M, K] by [E, K, N] -> [M, N]. ``tiles`` of the plan's rows, if not those of ``tiles_for``."""
+    columns = weights.values.shape[2]
+    tiles = tiles or tiles_for(plan.rows, columns)
+    if tiles.rows != plan.rows:
+        raise ValueError(f"the plan has tiles of {plan.rows} rows, the product of {tiles.rows}")
+    kernel = plgpu.kernel(
+        partial(_body, tiles=tiles),
+        out_type=jax.ShapeDtypeStruct((x.shape[0], columns), x.dtype),
+        grid=(plan.row.shape[0] * pl.cdiv(columns, tiles.columns),),
+        grid_names=("program",),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        kernel_name="grouped_matmul",
+        interpret=interpret,
+    )
+    return kernel(plan, x, weights.values)
+
+
+# -- what dispatch knows -----------------------------------------------------------------------------------------------
+
+
+def refuses(setting: Setting) -> str | None:
+    if setting.platform != "gpu" or setting.capability is None or setting.capability[0] != 9:
+        return "it is for Hopper GPUs, the ones with wgmma"
+    return refuses_arrays(setting)
+
+
+def refuses_arrays(setting: Setting) -> str | None:
+    """What it refuses anywhere."""
+    if setting.dtype not in DTYPES or setting.weight_dtype != setting.dtype:
+        return f"x and weights are both of {' or '.join(DTYPES)}"
+    if setting.depth % STEP:
+        return f"K is a multiple of {STEP}"
+    if setting.columns % 8:
+        return "N is a multiple of 8, because rows that TMA reads are multiples of 16 bytes"
+    return None
+
+
+def implementation(
+    name: str, refuses: Callable[[Setting], str | None], tiles: Tiles | None = None, interpret: Any = False
+) -> GroupedMatmul:
+    """With ``tiles`` for all products, or those of ``tiles_for``."""
+
+    def plan(group_sizes: Array, num_rows: int) -> Plan:
+        rows = tile_rows(num_rows, group_sizes.shape[0]) if tiles is None else tiles.rows
+        return plan_tiles(group_sizes, num_rows, rows)
+
+    return GroupedMatmul(name, plan, partial(product, tiles=tiles, interpret=interpret), refuses)
+
+
+IMPLEMENTATION = implementation("mosaic", refuses)
