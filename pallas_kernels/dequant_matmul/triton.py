@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dequant_matmul import GROUPS, SYMMETRIC_ZERO, DequantMatmul, Int4Weights, Setting, Weights
-from pallas_kernels.grouped_matmul.triton import WIDE, dot, load_tile, place, power_of_two, store_tile, uneven
+from pallas_kernels.triton_tiles import WIDE, dot, load_tile, place, power_of_two, store_tile, uneven
 
 FEW_ROWS = 16
 """Up to here K is cut into parts."""

@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul import GroupedMatmul, Setting, Weights
-from pallas_kernels.grouped_matmul.triton import Plan, place, plan_tiles, power_of_two
+from pallas_kernels.grouped_matmul.triton import Plan, plan_tiles
+from pallas_kernels.triton_tiles import place, power_of_two
 
 DTYPES = ("bfloat16", "float16")
 STEP = 64

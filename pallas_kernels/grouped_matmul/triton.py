@@ -19,10 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.grouped_matmul import NARROW, GroupedMatmul, Setting, Weights
-
-SMALLEST = 16
-"""Rows, columns or depth of the smallest product that a tensor core does."""
-WIDE = ("float32", "bfloat16", "float16")
+from pallas_kernels.triton_tiles import WIDE, dot, load_tile, place, power_of_two, store_tile, uneven
 
 
 @dataclass(frozen=True)
@@ -59,11 +56,6 @@ def tiles_for(rows: int, depth: int, columns: int, itemsize: int) -> Tiles:
     return Tiles(rows, min(width, power_of_two(columns)), min(step, power_of_two(depth)), num_warps, num_stages=4)
 
 
-def power_of_two(n: int) -> int:
-    """The next, but at least what a tensor core takes."""
-    return max(SMALLEST, 1 << (n - 1).bit_length())
-
-
 @partial(jax.tree_util.register_dataclass, data_fields=["expert", "row", "row_end"], meta_fields=["rows"])
 @dataclass(frozen=True)
 class Plan:
@@ -98,51 +90,6 @@ def plan_tiles(group_sizes: Array, num_rows: int, rows: int) -> Plan:
     row = i * rows - jnp.sum(jnp.where(before, (tiles * rows - group_sizes)[None], 0), axis=1)
     group_end = jnp.min(jnp.where(before, num_rows, row_ends[None]), axis=1)
     return Plan(expert, row, jnp.minimum(row + rows, group_end), rows)
-
-
-def load_tile(
-    ref: Any, first: tuple[Any, Any], shape: tuple[int, int], ends: tuple[Any, Any], leading: tuple[Any, ...] = ()
-) -> Array:
-    """``shape`` of ref[*leading] from ``first``; zero from ``ends`` on, where None means that it is not reached."""
-    part = ref.at[*leading, pl.ds(first[0], shape[0]), pl.ds(first[1], shape[1])]
-    mask = _inside(first, shape, ends)
-    return plt.load(part) if mask is None else plt.load(part, mask=mask, other=jnp.zeros((), ref.dtype))
-
-
-def store_tile(
-    ref: Any, tile: Array, first: tuple[Any, Any], ends: tuple[Any, Any], leading: tuple[Any, ...] = ()
-) -> None:
-    """The reverse: what lies from ``ends`` on is left alone."""
-    part = ref.at[*leading, pl.ds(first[0], tile.shape[0]), pl.ds(first[1], tile.shape[1])]
-    plt.store(part, tile.astype(ref.dtype), mask=_inside(first, tile.shape, ends))
-
-
-def _inside(first: tuple[Any, Any], shape: tuple[int, ...], ends: tuple[Any, Any]) -> Array | None:
-    masks = [
-        jax.lax.broadcast_in_dim(start + jnp.arange(shape[axis]) < end, shape, (axis,))
-        for axis, (start, end) in enumerate(zip(first, ends, strict=True))
-        if end is not None
-    ]
-    return None if not masks else masks[0] if len(masks) == 1 else masks[0] & masks[1]
-
-
-def uneven(size: int, step: int) -> int | None:
-    """The end to mask at; None if steps end there anyway."""
-    return size if size % step else None
-
-
-def dot(x: Array, w: Array) -> Array:
-    """In float32. Of float32 operands all bits count: by default a tensor core takes 10 of the mantissa's."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
-
-
-def place(program: Array, num_tiles: int, num_columns: int, band: int) -> tuple[Array, Array]:
-    """Row tile and column tile of a program: bands of row tiles, through each of which columns are walked."""
-    first = program // (band * num_columns) * band
-    height = jnp.minimum(num_tiles - first, band)
-    within = program - first * num_columns
-    return first + within % height, within // height
 
 
 def _kernel(plan: Any, x_ref: Any, weights: Any, out_ref: Any, *, tiles: Tiles) -> None:

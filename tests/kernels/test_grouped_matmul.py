@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mosaic_interpreter import racing
 
 from pallas_kernels.grouped_matmul import NARROW, GroupedMatmul, Setting, Weights, mosaic, reference, triton
+from pallas_kernels.triton_tiles import SMALLEST
 from sharding import aot, build_mesh
 from sharding.hardware import Cluster
 from sharding.mesh import MeshConfig
@@ -206,7 +207,7 @@ A100_SHARED_BYTES = 163 << 10
 def test_tiles_fit(itemsize: int, num_rows: int, num_experts: int, depth: int, columns: int) -> None:
     tiles = triton.tiles_for(triton.tile_rows(num_rows, num_experts), depth, columns, itemsize)
     sizes = tiles.rows, tiles.columns, tiles.depth, tiles.num_warps
-    assert all(size & (size - 1) == 0 for size in sizes) and min(sizes[:3]) >= triton.SMALLEST
+    assert all(size & (size - 1) == 0 for size in sizes) and min(sizes[:3]) >= SMALLEST
     step = tiles.rows * tiles.depth * max(itemsize, 2) + tiles.depth * tiles.columns * itemsize
     assert step * tiles.num_stages <= A100_SHARED_BYTES
     assert tiles.rows * tiles.columns <= 64 * 32 * tiles.num_warps
