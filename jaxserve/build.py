@@ -182,7 +182,7 @@ def resolve_dtype(asked: str, hf: Any) -> jnp.dtype:
 
 def resolve_kv_dtype(asked: str, model: jnp.dtype, platform: str) -> jnp.dtype:
     if asked != "auto":
-        return jnp.dtype(asked)
+        return jnp.dtype(jnp.float8_e4m3fn if asked == "fp8" else asked)
     return jnp.dtype(jnp.float32) if platform == "cpu" else model
 
 

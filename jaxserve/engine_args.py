@@ -12,6 +12,7 @@ from jaxserve.config import FairnessConfig, PreemptionMode
 from jaxserve.placement import check as check_placement
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = (*DTYPES, "fp8")
 LOAD_FORMATS = ("auto", "safetensors", "orbax", "dummy")
 
 
@@ -130,7 +131,8 @@ class EngineArgs:
     kv_cache_memory_bytes: int | None = None
     """Bytes of KV blocks on each device."""
     kv_cache_dtype: str = "auto"
-    """auto = the model's dtype; on a CPU always float32, which is several times faster to read there."""
+    """auto = the model's dtype; on a CPU always float32, which is several times faster to read there. fp8 (e4m3, what
+    is too large saturates) takes a byte per number, and gives other tokens."""
     swap_space: float | None = None
     """GiB of host memory per replica for the blocks of preempted requests; None = 4 on a GPU, and none on a CPU,
     whose cache is in host memory already."""
@@ -165,7 +167,7 @@ class EngineArgs:
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, DTYPES)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks_override"):
             _at_least_one(name, getattr(self, name))

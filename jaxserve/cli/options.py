@@ -61,7 +61,7 @@ class CheckpointFlags:
         _engine("--dtype", metavar="DTYPE", help="auto (the checkpoint's), float32, bfloat16 or float16."),
     ] = EngineArgs.dtype
     kv_cache_dtype: Annotated[
-        str, _engine("--kv-cache-dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16.")
+        str, _engine("--kv-cache-dtype", metavar="DTYPE", help="auto, float32, bfloat16, float16 or fp8 (e4m3).")
     ] = EngineArgs.kv_cache_dtype
 
     def engine_options(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def model_shape(decoder: DecoderConfig, dtype: str, kv_dtype: str) -> ModelShape
         gated=decoder.gated_mlp,
         tied=decoder.tied_embeddings,
         dtype=dtype,
-        kv_dtype=kv_dtype,
+        kv_dtype="float8" if kv_dtype.startswith("float8") else kv_dtype,
         windows=tuple(layer.window for layer in decoder.layers),
         embedding_size=embedding,
         layer_vectors=_layer_vectors(decoder, norm),

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Setting, Shape, stored
+from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Shape, stored
 
 MAX_PAIRS_PER_TURN = 128
 TURN_BYTES = 3 << 20
@@ -29,7 +29,6 @@ QUERY_TILE = 64
 KEY_TILE = 128
 """Tokens of K and V that one turn of the prefill loop reads."""
 
-KV_DTYPES = ("float32", "bfloat16", "float16")
 MASKED = -1e30
 """Instead of -inf: a fully masked row must not turn into NaN."""
 
@@ -175,7 +174,14 @@ def _plan_tiles(ragged: Ragged, q_lens: Array, num_tokens: int, shape: Shape) ->
 
 
 def attend(q: Array, k_cache: Array, v_cache: Array, plan: Plan, shape: Shape, scoring: Scoring) -> tuple[Array, Array]:
-    scaled = q.astype(jnp.float32) * scoring.scale
+    scaled = q.astype(jnp.float32) * (scoring.scale * scoring.k_scale)
+    out, lse = _attend(scaled, k_cache, v_cache, plan, shape, scoring)
+    return out * scoring.v_scale, lse
+
+
+def _attend(
+    scaled: Array, k_cache: Array, v_cache: Array, plan: Plan, shape: Shape, scoring: Scoring
+) -> tuple[Array, Array]:
     if plan.tiles is None:
         return _decode(scaled, k_cache, v_cache, plan.pairs, scoring)
     assert plan.starts is not None and plan.owner is not None
@@ -334,8 +340,4 @@ def _tile_over_keys(
     return out, jnp.moveaxis(lse.reshape(kv_heads, group, tile), 2, 0)
 
 
-def refuses(setting: Setting) -> str | None:
-    return "it widens 16-bit and 32-bit caches only" if setting.kv_dtype not in KV_DTYPES else None
-
-
-IMPLEMENTATION = PagedAttention("cpu", cache_shapes, write, plan, attend, refuses)
+IMPLEMENTATION = PagedAttention("cpu", cache_shapes, write, plan, attend)

@@ -57,7 +57,7 @@ class Tile:
     """That it loads a turn."""
     num_warps: int
     num_stages: int
-    """Of the loop over keys: how many turns' loads are under way at once."""
+    """Of the loop over keys, as Triton counts them: see ``tile_for``."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def tile_for(head_dim: int, group: int, dtype: str, tokens: int) -> Tile:
     once for all rows, and 64 where head_dim is over 128. The accumulator has rows * head_dim float32: at most 32
     registers of a thread in 4 warps, 64 in 8. (64 rows in 4 warps spill on an A100.)
     Keys: 64, as long as that keeps the loads under way within the shared memory of an A100 (163 KiB) for two programs
-    of a decode or one of a prompt chunk. A stage's loads are K and V, 32 KiB; jax's loads through a table take two
-    stages, and the products one, so that 5 stages have two turns under way and 3 have one.
+    of a decode or one of a prompt chunk. K and V of a turn are 32 KiB; compiled decodes keep one turn with 3 and 4
+    stages (38 KiB in all) and two with 5 (70 KiB), because loads through a table take stages of their own.
     float32 has no tensor cores that are exact enough: its products are unrolled multiply-adds, which only small tiles
     keep in registers.
     """
@@ -139,7 +139,8 @@ def cache_shapes(num_blocks: int, block_size: int, kv_heads: int, head_dim: int)
 def write(
     k_cache: Array, v_cache: Array, k: Array, v: Array, slot_mapping: Array, scoring: Scoring, interpret: bool
 ) -> tuple[Array, Array]:
-    """In place. XLA's scatter would be as well, but writes 16-bit numbers that may collide by compare-and-swap."""
+    """By a kernel that gives its operands back as its results: in place wherever the caches are donated. Tokens with
+    the same slot (padding, in block 0) write in any order."""
     _check_offsets(k_cache)
     kv_heads = k.shape[1]
     new = (stored(k, k_cache.dtype, scoring.k_scale), stored(v, v_cache.dtype, scoring.v_scale))
@@ -213,12 +214,13 @@ class Items(NamedTuple):
 
 
 class Merges(NamedTuple):
-    """A tile with several items. All int32 [M]; dead ones have no rows. ``slot``: of its first item."""
+    """A tile with several items. All int32 [M]; dead ones have no rows. ``slot``: of its first item; ``num_items``:
+    how many it has."""
 
     row: Array
     row_end: Array
     slot: Array
-    count: Array
+    num_items: Array
 
 
 class Work(NamedTuple):
@@ -571,7 +573,7 @@ def _merge_kernel(*refs: Any, static: Static, rows: int) -> None:
         mine = (merge.row + token < merge.row_end) & (head < static.group)
         of_slot = static.row_of(merge.slot * static.cut.tokens + token, kv, head)
         step = static.cut.tokens * static.kv_heads * static.group
-        out, lse = _merge_rows(partials, of_slot, mine, merge.count, step)
+        out, lse = _merge_rows(partials, of_slot, mine, merge.num_items, step)
         _store_rows(outputs, static.row_of(merge.row + token, kv, head), mine, out, lse)
 
 
