@@ -23,10 +23,10 @@ from jaxserve.device_state import KV_AXES, SLOT_AXES, DeviceState
 from jaxserve.layers.attention import Projection, head_norm
 from jaxserve.models.config import DecoderConfig
 from jaxserve.models.decoder import Decoder
-from jaxserve.sampler import SamplerState, SamplingRows, Wanted, count_tokens, sample
+from jaxserve.sampler import LOGITS, SamplerState, SamplingRows, Wanted, count_tokens, find_cutoff, sample
 from pallas_kernels.kv_write import Inputs
-from pallas_kernels.kv_write.reference import before
 from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Shape
+from pallas_kernels.sampling import Tails
 from sharding import ShardingRules
 
 HEAD_AXES = ("replica", None, "kv_heads", None, None)
@@ -42,12 +42,13 @@ Caches = tuple[list[Array], list[Array]]
 
 @dataclass(frozen=True)
 class Step:
-    """The static side of a step: the model's structure, how attention is computed, what lies where."""
+    """The static side of a step: the model's structure, how attention and thresholds of top-k and top-p are computed, what lies where."""
 
     graph: Any
     tree: Any
     decoder: DecoderConfig
     attention: PagedAttention
+    tails: Tails
     mesh: Mesh
     rules: ShardingRules
     block_size: int
@@ -152,7 +153,7 @@ class Step:
             positions=batch["kv_lens"],
             **{name: batch[name] for name in SamplingRows._fields if name != "positions"},
         )
-        tokens = sample(logits, rows, flags, state.sampler, self.constrain)
+        tokens = sample(logits, rows, flags, state.sampler, self.constrain, self._find_cutoff)
         counts = self._count(state.sampler.counts, batch["slots"], tokens, batch["samples"], flags.penalties)
         last_tokens = _keep_last(state.last_tokens, batch["slots"], tokens, batch["samples"])
         return tokens, state._replace(last_tokens=last_tokens, sampler=SamplerState(state.sampler.bias, counts))
@@ -216,6 +217,17 @@ class Step:
         """Pin an activation to the devices that its logical axes name."""
         spec = self.rules.spec(axes)
         return jax.lax.with_sharding_constraint(x, spec if inside_stage else NamedSharding(self.mesh, spec))
+
+    def _find_cutoff(self, scaled: Array, best: Array, top_k: Array, top_p: Array) -> Array:
+        """Each device has its part of the vocabulary; what they add up are a few numbers per row."""
+        axes = self.rules.vocab
+        add_up = (lambda x: x) if axes is None else partial(jax.lax.psum, axis_name=axes)
+        logits, row = self.rules.spec(LOGITS), self.rules.spec(("replica", None))
+        on_device = partial(find_cutoff, tails=self.tails, add_up=add_up)
+        specs = (logits, row, row, row)
+        return jax.shard_map(on_device, mesh=self.mesh, in_specs=specs, out_specs=row, check_vma=False)(
+            scaled, best, top_k, top_p
+        )
 
     def _count(self, counts: Array, slots: Array, tokens: Array, samples: Array, penalties: Array) -> Array:
         def one_device(counts: Array, slots: Array, tokens: Array, samples: Array, penalties: Array) -> Array:
@@ -294,7 +306,7 @@ class PagedLayers:
             qkv, rope, weights = projection
             rope = None if rope is None else (rope[0][0], rope[1][0])
             inputs = Inputs(qkv[0], own_slots(slots[0], shape.block_size, ranks), rope, weights)
-            q, keys, values = before(attention.write)(keys[0], values[0], inputs, norm, scoring)
+            q, keys, values = attention.kv_write.write(keys[0], values[0], inputs, norm, scoring)
             plan = jax.tree.map(lambda x: x[0, 0], plan)
             out, lse = attention.attend(q, keys, values, plan, shape, scoring)
             if ranks > 1:

@@ -1,4 +1,4 @@
-"""What kernels in Pallas's Triton style share: tiles of matrices, loaded and stored where they end, and products."""
+"""What kernels in Pallas's Triton style share: tiles of matrices, products, and how far offsets reach."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from jax.experimental.pallas import triton as plt
 SMALLEST = 16
 """Rows, columns or depth of the smallest product that a tensor core does."""
 WIDE = ("float32", "bfloat16", "float16")
+
+
+def check_offsets(cache: Array) -> None:
+    """jax's Triton lowering computes offsets in 32 bits, of which one is the sign, for arrays of up to 2**32 bytes."""
+    if cache.size > 1 << 31 and cache.nbytes <= 1 << 32:
+        raise ValueError(
+            f"a cache of {cache.nbytes:,} bytes of {cache.dtype} has elements that a Triton kernel cannot address; "
+            f"take at most {1 << 31:,} or more than {1 << 32:,} bytes per layer"
+        )
 
 
 def power_of_two(n: int) -> int:

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.kv_write import HeadNorm, Inputs, KvWrite
-from pallas_kernels.paged_attention import Scoring
-from pallas_kernels.paged_attention.reference import write as write_caches
+from pallas_kernels.paged_attention import Scoring, stored
 
 Write = Callable[[Array, Array, Array, Array, Array, Scoring], tuple[Array, Array]]
 """(k_cache, v_cache, k [T,K,H], v [T,K,H], slot_mapping [T], scoring) -> the caches with k and v written."""
@@ -28,7 +27,7 @@ def heads(inputs: Inputs, norm: HeadNorm) -> tuple[Array, Array, Array]:
     return q, k, v
 
 
-def before(write_caches: Write) -> Callable[[Array, Array, Inputs, HeadNorm, Scoring], tuple[Array, Array, Array]]:
+def before(name: str, write_caches: Write) -> KvWrite:
     """The KV write of caches of any layout, from what writes K and V to them."""
 
     def write(
@@ -37,7 +36,17 @@ def before(write_caches: Write) -> Callable[[Array, Array, Inputs, HeadNorm, Sco
         q, k, v = heads(inputs, norm)
         return q, *write_caches(k_cache, v_cache, k, v, inputs.slot_mapping, scoring)
 
-    return write
+    return KvWrite(name, write)
+
+
+def scatter(
+    k_cache: Array, v_cache: Array, k: Array, v: Array, slot_mapping: Array, scoring: Scoring
+) -> tuple[Array, Array]:
+    block, offset = slot_mapping // k_cache.shape[2], slot_mapping % k_cache.shape[2]
+    return (
+        k_cache.at[block, :, offset].set(stored(k, k_cache.dtype, scoring.k_scale)),
+        v_cache.at[block, :, offset].set(stored(v, v_cache.dtype, scoring.v_scale)),
+    )
 
 
 def _normalized(x: Array, weight: Array, norm: HeadNorm) -> Array:
@@ -56,4 +65,4 @@ def _rotated(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([*(part.astype(x.dtype) for part in turned), x[..., 2 * half :]], axis=-1)
 
 
-IMPLEMENTATION = KvWrite("reference", before(write_caches))
+IMPLEMENTATION = before("reference", scatter)

@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.kv_write import HeadNorm, Inputs, KvWrite
 from pallas_kernels.paged_attention import Scoring, Setting
+from pallas_kernels.triton_tiles import check_offsets
 
 TILE_ENTRIES = 4096
 """Of the query heads that a program holds: 32 float32 registers a thread. With K, V and the angles ptxas then uses 40
@@ -59,7 +60,7 @@ def write(
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
-    _check_offsets(k_cache)
+    check_offsets(k_cache)
     num_tokens, kv_heads, _, head_dim = inputs.qkv.shape
     tile = tile or tile_of(num_tokens, kv_heads, inputs.group, head_dim)
     q_shape = (num_tokens, kv_heads, inputs.group, head_dim)
@@ -75,15 +76,6 @@ def write(
         name="kv_write",
     )
     return tuple(call(inputs, k_cache, v_cache))
-
-
-def _check_offsets(cache: Array) -> None:
-    """Up to 4 GiB this backend computes offsets, in entries, as signed 32-bit integers."""
-    if cache.dtype.itemsize == 1 and 2**31 < cache.size <= 2**32:
-        raise ValueError(
-            f"a {cache.dtype} cache of {cache.size:,} bytes: kv_write's triton kernel takes up to {2**31:,} bytes of "
-            "8-bit cache per layer; use fewer blocks or the reference"
-        )
 
 
 class _Columns(NamedTuple):

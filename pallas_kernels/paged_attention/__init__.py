@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+
+if TYPE_CHECKING:
+    from pallas_kernels.kv_write import KvWrite
 
 
 class Ragged(NamedTuple):
@@ -82,8 +85,8 @@ class PagedAttention:
     name: str
     cache_shapes: Callable[[int, int, int, int], CacheShapes]
     """(num_blocks, block_size, kv_heads, head_dim) -> shapes of the two caches."""
-    write: Callable[[Array, Array, Array, Array, Array, Scoring], tuple[Array, Array]]
-    """(k_cache, v_cache, k [T,K,H], v [T,K,H], slot_mapping [T], scoring) -> the caches with k and v written."""
+    kv_write: KvWrite
+    """What fills caches of this layout, and turns queries on the way."""
     plan: Callable[[Ragged, int, Shape], Any]
     """(ragged, T, shape) -> a pytree of arrays: the work of a step, made once for all layers of the same shape."""
     attend: Callable[[Array, Array, Array, Any, Shape, Scoring], tuple[Array, Array]]

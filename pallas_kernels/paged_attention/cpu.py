@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.kv_write.reference import before
 from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Shape, stored
 
 MAX_PAIRS_PER_TURN = 128
@@ -340,4 +341,4 @@ def _tile_over_keys(
     return out, jnp.moveaxis(lse.reshape(kv_heads, group, tile), 2, 0)
 
 
-IMPLEMENTATION = PagedAttention("cpu", cache_shapes, write, plan, attend)
+IMPLEMENTATION = PagedAttention("cpu", cache_shapes, before("cpu", write), plan, attend)

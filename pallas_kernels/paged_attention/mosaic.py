@@ -24,8 +24,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.kv_write import triton as kv_write
 from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Setting, Shape
-from pallas_kernels.paged_attention.reference import cache_shapes, write
+from pallas_kernels.paged_attention.reference import cache_shapes
 
 Kind = Literal["decode", "prefill"]
 
@@ -727,7 +728,8 @@ def refuses(setting: Setting) -> str | None:
 
 
 def make(config: Config) -> PagedAttention:
-    return PagedAttention("mosaic", cache_shapes, write, plan, partial(attend, config), refuses)
+    writes = kv_write.IMPLEMENTATION if config.interpret is None else kv_write.INTERPRETED
+    return PagedAttention("mosaic", cache_shapes, writes, plan, partial(attend, config), refuses)
 
 
 IMPLEMENTATION = make(Config())

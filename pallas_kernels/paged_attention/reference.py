@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Shape, stored
+from pallas_kernels.kv_write import reference as kv_write
+from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Shape
 
 MASKED = -1e30
 
@@ -15,16 +16,6 @@ def cache_shapes(num_blocks: int, block_size: int, kv_heads: int, head_dim: int)
     """Both [block, kv_head, token, head_dim]."""
     shape = (num_blocks, kv_heads, block_size, head_dim)
     return shape, shape
-
-
-def write(
-    k_cache: Array, v_cache: Array, k: Array, v: Array, slot_mapping: Array, scoring: Scoring
-) -> tuple[Array, Array]:
-    block, offset = slot_mapping // k_cache.shape[2], slot_mapping % k_cache.shape[2]
-    return (
-        k_cache.at[block, :, offset].set(stored(k, k_cache.dtype, scoring.k_scale)),
-        v_cache.at[block, :, offset].set(stored(v, v_cache.dtype, scoring.v_scale)),
-    )
 
 
 def plan(ragged: Ragged, num_tokens: int, shape: Shape) -> Ragged:
@@ -66,4 +57,4 @@ def _tokens(cache: Array, table: Array) -> Array:
     return blocks.reshape(-1, *blocks.shape[2:]).astype(jnp.float32)
 
 
-IMPLEMENTATION = PagedAttention("reference", cache_shapes, write, plan, attend)
+IMPLEMENTATION = PagedAttention("reference", cache_shapes, kv_write.IMPLEMENTATION, plan, attend)

@@ -28,7 +28,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Setting, Shape, stored
+from pallas_kernels.kv_write import triton as kv_write
+from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Setting, Shape
+from pallas_kernels.triton_tiles import check_offsets
 
 AMPERE, ADA = (8, 0), (8, 9)
 WIDE_DTYPES, NARROW_DTYPES = ("float32", "bfloat16", "float16"), ("float8_e4m3fn", "int8")
@@ -38,8 +40,6 @@ LOG2_E = math.log2(math.e)
 """Softmax is computed in powers of two, which the hardware has."""
 LEAST = 16
 """Rows, columns and depth of the smallest product on tensor cores."""
-WRITE_ROWS = 16
-"""Tokens that one program writes to the cache."""
 MERGE_ELEMENTS = 8192
 """Of partial outputs that one turn of the merging kernel loads: 32 float32 registers in each thread of 8 warps."""
 
@@ -134,53 +134,6 @@ def cache_shapes(num_blocks: int, block_size: int, kv_heads: int, head_dim: int)
     loads at once."""
     shape = (num_blocks, kv_heads, block_size, head_dim)
     return shape, shape
-
-
-def write(
-    k_cache: Array, v_cache: Array, k: Array, v: Array, slot_mapping: Array, scoring: Scoring, interpret: bool
-) -> tuple[Array, Array]:
-    """By a kernel that gives its operands back as its results: in place wherever the caches are donated. Tokens with
-    the same slot (padding, in block 0) write in any order."""
-    _check_offsets(k_cache)
-    kv_heads = k.shape[1]
-    new = (stored(k, k_cache.dtype, scoring.k_scale), stored(v, v_cache.dtype, scoring.v_scale))
-    caches = (k_cache, v_cache)
-    written = pl.pallas_call(
-        partial(_write_kernel, kv_heads=kv_heads),
-        grid=(kv_heads, pl.cdiv(k.shape[0], WRITE_ROWS)),
-        out_shape=[jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in caches],
-        input_output_aliases={3: 0, 4: 1},
-        interpret=interpret,
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-        name="write_kv",
-    )(slot_mapping, *(_rows(x) for x in new), *caches)
-    return written[0], written[1]
-
-
-def _write_kernel(
-    slots: Any, k: Any, v: Any, k_before: Any, v_before: Any, k_cache: Any, v_cache: Any, *, kv_heads: int
-) -> None:
-    """One KV head of some tokens: rows of k, v [T*K, H] to the caches [blocks, K, size, H]."""
-    kv, num_tokens, head_dim = pl.program_id(0), slots.shape[0], k.shape[1]
-    num_blocks, _, size, _ = k_cache.shape
-    token = pl.program_id(1) * WRITE_ROWS + jnp.arange(WRITE_ROWS, dtype=jnp.int32)
-    real = token < num_tokens
-    slot = plt.load(slots.at[token], mask=real, other=0)
-    block = _nowhere_unless(real, jax.lax.div(slot, size), num_blocks)
-    place = (block[:, None], kv, jax.lax.rem(slot, size)[:, None])
-    column, mask = _columns(real, head_dim)
-    for new, cache in ((k, k_cache), (v, v_cache)):
-        values = plt.load(new.at[(token * kv_heads + kv)[:, None], column], mask=mask)
-        plt.store(cache.at[(*place, column)], values, mask=mask)
-
-
-def _check_offsets(cache: Array) -> None:
-    """jax's Triton lowering computes offsets in 32 bits, of which one is the sign, for arrays of up to 2**32 bytes."""
-    if cache.size > 1 << 31 and cache.nbytes <= 1 << 32:
-        raise ValueError(
-            f"a cache of {cache.nbytes:,} bytes of {cache.dtype} has elements that a Triton kernel cannot address; "
-            f"take at most {1 << 31:,} or more than {1 << 32:,} bytes per layer"
-        )
 
 
 def _rows(x: Array) -> Array:
@@ -360,7 +313,7 @@ def attend(
     tiling: Tiling,
     interpret: bool,
 ) -> tuple[Array, Array]:
-    _check_offsets(k_cache)
+    check_offsets(k_cache)
     outputs: tuple[Array, Array] | None = None
     for cut, work in zip(_cuts(tiling, shape), plan.works, strict=True):
         static = Static(
@@ -643,7 +596,7 @@ def implementation(
     return PagedAttention(
         name,
         cache_shapes,
-        partial(write, interpret=interpret),
+        kv_write.INTERPRETED if interpret else kv_write.IMPLEMENTATION,
         partial(plan, tiling=tiling),
         partial(attend, tiling=tiling, interpret=interpret),
         refuses,

@@ -214,7 +214,6 @@ def test_what_the_kernel_refuses(setting: Setting, reason: str | None) -> None:
 # -- GPUs that are not there -------------------------------------------------------------------------------------------
 
 needs_compiler = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
-is_deprecated = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 FAIL_ON_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 COMPILED = [
     ("a100", Case(8, 4096, 4096, dtype=jnp.bfloat16)),
@@ -226,7 +225,6 @@ COMPILED = [
 
 
 @needs_compiler
-@is_deprecated
 @pytest.mark.parametrize(("gpu", "case"), COMPILED, ids=str)
 def test_compiles_without_spills(gpu: str, case: Case) -> None:
     mesh = build_mesh(MeshConfig(), aot.devices(Cluster.parse(f"{gpu}:1")))

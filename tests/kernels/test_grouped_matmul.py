@@ -270,7 +270,6 @@ def test_what_mosaic_refuses(setting: Setting, reason: str | None) -> None:
 # -- GPUs that are not there -------------------------------------------------------------------------------------------
 
 needs_compiler = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
-is_deprecated = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 FAIL_ON_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 
 MIXTRAL = Case(4096, 4096, 14336, 8, jnp.bfloat16)
@@ -303,7 +302,6 @@ def compiled(implementation: GroupedMatmul, gpu: str, case: Case) -> str:
 
 
 @needs_compiler
-@is_deprecated
 @pytest.mark.parametrize(
     ("gpu", "case"),
     [
@@ -321,7 +319,6 @@ def test_triton_compiles_without_spills(gpu: str, case: Case) -> None:
 
 
 @needs_compiler
-@is_deprecated
 def test_spills_would_be_noticed() -> None:
     greedy = triton.implementation("greedy", triton.refuses, triton.Tiles(128, 256, 64, num_warps=4, num_stages=2))
     with pytest.raises(jax.errors.JaxRuntimeError, match="register spilling"):

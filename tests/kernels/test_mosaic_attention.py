@@ -20,6 +20,7 @@ from mosaic_interpreter import racing
 from test_paged_attention import Case, Problem, Sequence, batches, dense, make_problem, part_of, solve
 
 from pallas_kernels.dispatch import PAGED_ATTENTION
+from pallas_kernels.kv_write import HeadNorm, Inputs
 from pallas_kernels.paged_attention import NOTHING, Ragged, Scoring, Setting, Shape, mosaic
 from sharding import aot, build_mesh
 from sharding.audit import audit
@@ -168,9 +169,10 @@ def compiled_layers(target: str, case: Case, layers: int) -> tuple[jax.stages.Co
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
     def step(caches: list[list[jax.Array]], q: jax.Array, k: jax.Array, ragged: Ragged) -> object:
+        inputs = Inputs(jnp.stack([k, k, k], axis=2), ragged.slot_mapping)
         plan, written = implementation.plan(ragged, num_tokens, case.shape), []
         for keys, values in caches:
-            keys, values = implementation.write(keys, values, k, k, ragged.slot_mapping, case.scoring)
+            _, keys, values = implementation.kv_write.write(keys, values, inputs, HeadNorm(), case.scoring)
             out, _ = implementation.attend(q, keys, values, plan, case.shape, case.scoring)
             written.append([keys, values])
             q = q + out.astype(q.dtype)

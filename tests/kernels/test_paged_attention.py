@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.dispatch import PAGED_ATTENTION, paged_attention
+from pallas_kernels.kv_write import HeadNorm, Inputs
 from pallas_kernels.paged_attention import NOTHING, Ragged, Scoring, Setting, Shape
 
 NUM_SPARE_BLOCKS = 5
@@ -188,7 +189,8 @@ def programs(name: str, case: Case) -> tuple[Any, Any]:
         return implementation.attend(q, keys, values, plan, case.shape, case.scoring)
 
     def write(keys: Any, values: Any, k: Any, v: Any, slots: Any) -> tuple[jax.Array, jax.Array]:
-        return implementation.write(keys, values, k, v, slots, case.scoring)
+        inputs = Inputs(jnp.stack([jnp.zeros_like(k), k, v], axis=2), slots)
+        return implementation.kv_write.write(keys, values, inputs, HeadNorm(), case.scoring)[1:]
 
     return jax.jit(write), jax.jit(attend)
 

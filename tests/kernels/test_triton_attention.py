@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Sequence as Listing
 from dataclasses import replace
@@ -20,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_paged_attention import CASES, Case, Sequence, batches, dense, make_problem, programs, solve
 
 from pallas_kernels.dispatch import PAGED_ATTENTION
+from pallas_kernels.kv_write import HeadNorm, Inputs
 from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Setting, Shape, triton
 from sharding import aot, build_mesh
 from sharding.audit import Audit, audit
@@ -214,12 +214,12 @@ def test_caches_that_a_kernel_cannot_address_are_refused() -> None:
 
     def written(dtype: Any, num_blocks: int) -> Any:
         cache = jax.ShapeDtypeStruct((num_blocks, 8, 16, 128), dtype)
-        new, slots = jax.ShapeDtypeStruct((4, 8, 128), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)
+        qkv, slots = jax.ShapeDtypeStruct((4, 8, 3, 128), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)
 
-        def write(cache: jax.Array, new: jax.Array, slots: jax.Array) -> Any:
-            return triton.INTERPRETED.write(cache, cache, new, new, slots, Scoring(1.0))
+        def write(cache: jax.Array, qkv: jax.Array, slots: jax.Array) -> Any:
+            return triton.INTERPRETED.kv_write.write(cache, cache, Inputs(qkv, slots), HeadNorm(), Scoring(1.0))
 
-        return jax.eval_shape(write, cache, new, slots)
+        return jax.eval_shape(write, cache, qkv, slots)
 
     written(jnp.int8, 1 << 17)
     written(jnp.bfloat16, 1 << 17)
@@ -278,20 +278,19 @@ def compiled(target: Target, attention: PagedAttention, num_layers: int = 1) -> 
         outs = []
         for shape, ks, vs, (qkv, ragged) in zip(kinds, keys, values, batches, strict=True):
             plan = attention.plan(ragged, qkv.shape[0], shape)
-            q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
             for i in range(num_layers):
-                ks[i], vs[i] = attention.write(ks[i], vs[i], k, v, ragged.slot_mapping, scoring)
+                inputs = Inputs(qkv, ragged.slot_mapping)
+                q, ks[i], vs[i] = attention.kv_write.write(ks[i], vs[i], inputs, HeadNorm(), scoring)
                 out, lse = attention.attend(q, ks[i], vs[i], plan, shape, scoring)
-                q = out.astype(q.dtype)
+                qkv = jnp.concatenate([out.astype(q.dtype), qkv[:, :, -2:]], axis=2)
                 outs.append(lse)
-            outs.append(q)
+            outs.append(qkv)
         return keys, values, outs
 
     shapes = attention.cache_shapes(target.num_blocks, 16, KV_HEADS, target.head_dim)
     keys, values = ([[array(shape, target.kv_dtype)] * num_layers for _ in kinds] for shape in shapes)
     options = aot.COMPILER_OPTIONS | ({} if target.spills else NO_SPILLS)
-    with jax.set_mesh(mesh), aot.not_cached(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+    with jax.set_mesh(mesh), aot.not_cached():
         lowered = jax.jit(steps, donate_argnums=(0, 1)).lower(keys, values, [batch(NUM_SEQS), batch(256)])
         program = lowered.compile(compiler_options=options)
     return program, audit(program, mesh, ("keys", "values"))
@@ -312,7 +311,7 @@ def test_two_layers_have_no_spills_and_write_in_place() -> None:
     of_layers = [f"{side}[{step}][{layer}]" for side in ("keys", "values") for step in range(2) for layer in range(2)]
     assert [p.name for p in found.parameters if p.aliased] == of_layers
     kernels = Counter(re.findall(r'/(\w+)/pallas_call"', program.as_text()))
-    assert set(kernels) == {"write_kv", "attend", "merge"}
+    assert set(kernels) == {"kv_write", "attend", "merge"}
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.in_avals))
     copied = re.findall(r"\[([\d,]+)\]\S* copy\(", program.as_text())
     assert all(math.prod(map(int, dims.split(","))) < largest // 4 for dims in copied)
