@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
-from jax._src import xla_bridge  # nothing public says whether jax has started
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -39,10 +38,11 @@ from jaxserve.scoring import score_rows
 from jaxserve.tokenizer import load_tokenizer
 from jaxserve.weights.checkpoint import Checkpoint
 from jaxserve.weights.loader import abstract_params, assemble, load_params, param_shardings, random_params
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, sampling
 from pallas_kernels.paged_attention import Setting
 from sharding import MeshConfig, ShardingRules, build_mesh
 from sharding.platform import use_cpu_without_gpus
+from sharding.xla_flags import compiler_options
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 CPU_KV_BYTES = 2 * GIB
@@ -140,7 +140,6 @@ def join(args: EngineArgs) -> Job | None:
 def open_mesh(config: MeshConfig, num_processes: int = 1) -> Mesh:
     """The mesh over all devices of this process, or of all of them; on a CPU as many as it needs are simulated."""
     use_cpu_without_gpus()
-    _set_xla_flags(config)
     try:
         if config.num_devices > 1:
             jax.config.update("jax_num_cpu_devices", config.num_devices // num_processes)
@@ -160,19 +159,6 @@ def _check_spans(config: MeshConfig, num_processes: int) -> None:
             f"mesh {config} has {config.num_devices} devices, the {num_processes} processes have {sum(counts)} "
             f"({', '.join(map(str, counts))}): it takes all of them, and as many of each process"
         )
-
-
-def _set_xla_flags(config: MeshConfig) -> None:
-    """The mesh file's flags for this jax; they count only if jax has not started."""
-    given = os.environ.get("XLA_FLAGS", "").split()
-    missing = [flag for flag in config.flags_for(jax.__version__) if flag not in given]
-    if not missing:
-        return
-    if xla_bridge.backends_are_initialized():
-        raise ValueError(
-            f"the mesh file's xla_flags come too late, jax has started: set XLA_FLAGS={' '.join(missing)!r}"
-        )
-    os.environ["XLA_FLAGS"] = " ".join([*given, *missing])
 
 
 def resolve_dtype(asked: str, hf: Any) -> jnp.dtype:
@@ -316,7 +302,10 @@ def _runner(
         config.block_size,
     )
     attention = dispatch.paged_attention(setting, args.attention_backend)
-    return ModelRunner(model, decoder, attention, config, mesh, mesh_config.sharding_rules), limits
+    tails = dispatch.tails_for(sampling.Setting(setting.platform, setting.capability))
+    runner = ModelRunner(model, decoder, attention, tails, config, mesh, mesh_config.sharding_rules)
+    runner.compiler_options = compiler_options(mesh_config, platform, jax.__version__)
+    return runner, limits
 
 
 def _capability(device: Any) -> tuple[int, int]:

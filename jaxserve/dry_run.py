@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from jaxserve.batch import BatchLayout
@@ -169,15 +167,9 @@ class DryRun:
         if self.cluster is None:
             yield None
             return
-        flags = dict(_option(flag) for flag in self.mesh.flags_for(jax.__version__))
         with tempfile.TemporaryDirectory() as dump, aot.not_cached():
-            self.runner.compiler_options = {**aot.COMPILER_OPTIONS, **flags, launches.OPTION: dump}
-            try:
-                yield Path(dump)
-            except jax.errors.JaxRuntimeError as error:
-                if flags and "compile option" in str(error):
-                    raise ValueError(f"the mesh file's xla_flags: {str(error).splitlines()[0]}") from None
-                raise
+            self.runner.compiler_options |= {**aot.COMPILER_OPTIONS, launches.OPTION: dump}
+            yield Path(dump)
 
     def memory(self, programs: Sequence[Program]) -> Memory | None:
         """On a target, from what the programs need."""
@@ -237,12 +229,6 @@ def _mesh(config: MeshConfig, cluster: Cluster | None) -> Mesh:
     if config.num_devices > cluster.num_gpus:
         raise ValueError(f"mesh {config} needs {config.num_devices} GPUs, the target has {cluster.num_gpus}")
     return build_mesh(config, aot.devices(cluster))
-
-
-def _option(flag: str) -> tuple[str, Any]:
-    """--xla_gpu_x=true as a compiler option, since jax may have read its environment long ago."""
-    name, _, value = flag.removeprefix("--").partition("=")
-    return name, {"true": True, "false": False, "": True}.get(value.lower(), value)
 
 
 def _likely_blocks(args: EngineArgs, runner: ModelRunner, limits: SchedulerConfig, cluster: Cluster | None) -> int:

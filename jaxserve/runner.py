@@ -25,6 +25,7 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.sampler import SamplerState
 from jaxserve.step import Step
 from pallas_kernels.paged_attention import PagedAttention
+from pallas_kernels.sampling import Tails
 from sharding import ShardingRules
 
 SCORE_ROWS = (8, 64)
@@ -120,6 +121,7 @@ class ModelRunner:
         model: tuple[Any, Any],
         decoder: DecoderConfig,
         attention: PagedAttention,
+        tails: Tails,
         config: RunnerConfig,
         mesh: Mesh,
         rules: ShardingRules,
@@ -131,7 +133,7 @@ class ModelRunner:
         self.decoder, self.attention, self.config = decoder, attention, config
         self.mesh, self.rules = mesh, rules
         self.traced = Step(
-            graph, tree, decoder, attention, mesh, rules, config.block_size, config.windows, config.layer_groups
+            graph, tree, decoder, attention, tails, mesh, rules, config.block_size, config.windows, config.layer_groups
         )
         self.num_blocks: tuple[int, ...] = ()
         """KV blocks of each group of layers."""
@@ -160,10 +162,18 @@ class ModelRunner:
                 raise RuntimeError(f"program {name} was not compiled at warm-up: please report this as a bug")
             start = time.perf_counter()
             with jax.set_mesh(self.mesh):
-                self._programs[key] = lower().compile(self.compiler_options or None)
+                self._programs[key] = self._compiled(lower())
             seconds = time.perf_counter() - start
             self.compiled.append(CompileRecord(name, start - self._made, seconds))
         return self._programs[key]
+
+    def _compiled(self, lowered: Any) -> Any:
+        try:
+            return lowered.compile(self.compiler_options or None)
+        except jax.errors.JaxRuntimeError as error:
+            if "compile option" in str(error):
+                raise ValueError(f"xla_flags of the mesh file: {str(error).splitlines()[0]}") from None
+            raise
 
     def abstract_state(self, num_blocks: Sequence[int]) -> DeviceState:
         """``num_blocks``: of each group of layers."""

@@ -1,7 +1,7 @@
 """From logits to the next token, on the device, inside the step.
 
 Everything reduces over the vocabulary (maxima, sums, counts), so that sharded logits are never gathered: the
-thresholds of top-k and top-p are found by bisection instead of a sort. Random numbers are a function of (seed,
+thresholds of top-k and top-p are found digit by digit instead of by a sort. Random numbers are a function of (seed,
 position, token id) alone.
 
 Order: bias rows (logit_bias, allowed_token_ids, bad_words, min_tokens) -> penalties -> temperature -> min_p ->
@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxserve.logit_edits import IN_PROMPT
+from pallas_kernels.sampling import Tails, ordered_bits
+from pallas_kernels.sampling import reference as reference_tails
 
 
 class SamplerState(NamedTuple):
@@ -57,6 +59,47 @@ class Wanted(NamedTuple):
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
 """Pins an array to the devices that its logical axes name."""
 LOGITS = ("replica", None, "vocab")
+FindCutoff = Callable[[Array, Array, Array, Array], Array]
+"""As ``find_cutoff``, of the whole vocabulary."""
+
+
+def find_cutoff(
+    scaled: Array,
+    best: Array,
+    top_k: Array,
+    top_p: Array,
+    tails: Tails = reference_tails.IMPLEMENTATION,
+    add_up: Callable[[Array], Array] = lambda x: x,
+) -> Array:
+    """The smallest ``ordered_bits`` that top_k and then top_p leave, uint32 [dp, S].
+
+    scaled float32 [dp, S, V], or a device's part of it, without NaN; best float32 [dp, S], their largest entries;
+    top_k int32 [dp, S], at least 1, no more than there are; top_p float32 [dp, S]. ``add_up``: of [dp * S, C] numbers,
+    over the devices that have the other parts. Sums of likelihoods are rounded, by each device and then in adding up:
+    where a sum is within that of top_p's share, it depends on the mesh and the implementation whether a token is in.
+    """
+    rows, scaled = top_k.shape, scaled.reshape(-1, scaled.shape[-1])
+    best, top_k, top_p = (x.reshape(-1) for x in (best, top_k, top_p))
+    count, mass = tails.count(scaled), tails.mass(scaled, best)
+    kth = _largest(lambda at_least: add_up(count(at_least)) >= top_k[:, None], len(top_k), tails.bits)
+    wanted = top_p[:, None] * add_up(mass(kth[:, None]))
+    nucleus = _largest(
+        lambda at_least: add_up(mass(jnp.maximum(at_least, kth[:, None]))) >= wanted, len(top_p), tails.bits
+    )
+    return jnp.where(top_p < 1, jnp.maximum(nucleus, kth), kth).reshape(rows)
+
+
+def _largest(holds: Callable[[Array], Array], num_rows: int, bits: int) -> Array:
+    """Each row's largest threshold that ``holds``, uint32 [S], found ``bits`` at a time from the top. ``holds``:
+    thresholds [S, C], none of them 0 -> bool [S, C]; what is smaller than one that does, does too."""
+    digits = jnp.arange(1, 1 << bits, dtype=jnp.uint32)[None]
+
+    def find_digit(i: Array, threshold: Array) -> Array:
+        shift = jnp.maximum(32 - bits * (i + 1), 0)  # the last digit may overlap the one before
+        candidates = threshold | (digits << shift.astype(jnp.uint32))
+        return jnp.max(jnp.where(holds(candidates), candidates, threshold), axis=1, keepdims=True)
+
+    return jax.lax.fori_loop(0, -(-32 // bits), find_digit, jnp.zeros((num_rows, 1), jnp.uint32))[:, 0]
 
 
 def sample(
@@ -65,6 +108,7 @@ def sample(
     wanted: Wanted,
     state: SamplerState,
     constrain: Constrain = lambda x, axes: x,
+    find_cutoff: FindCutoff = find_cutoff,
 ) -> Array:
     """Next token ids, int32 [dp, S], from float32 logits [dp, S, V].
 
@@ -73,7 +117,7 @@ def sample(
     with jax.named_scope("sample"):
         logits = constrain(jax.lax.cond(wanted.logit_bias, _add_bias, _unchanged, logits, rows, state), LOGITS)
         logits = constrain(jax.lax.cond(wanted.penalties, _penalize, _unchanged, logits, rows, state), LOGITS)
-        draw = partial(_sample_rows, constrain=constrain)
+        draw = partial(_sample_rows, constrain=constrain, find_cutoff=find_cutoff)
         return constrain(jax.lax.cond(wanted.sampling, draw, _greedy, logits, rows, wanted), ("replica", None))
 
 
@@ -114,11 +158,14 @@ def _greedy(logits: Array, rows: SamplingRows, wanted: Wanted) -> Array:
     return argmax(logits)
 
 
-def _sample_rows(logits: Array, rows: SamplingRows, wanted: Wanted, constrain: Constrain) -> Array:
+def _sample_rows(
+    logits: Array, rows: SamplingRows, wanted: Wanted, constrain: Constrain, find_cutoff: FindCutoff
+) -> Array:
     """Gumbel-max over the tokens that min_p, top_k and top_p leave; greedy rows stay greedy."""
     greedy = rows.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, rows.temperature)[..., None]
-    kept = constrain(jax.lax.cond(wanted.truncation, _truncate, lambda x, _: x, scaled, rows), LOGITS)
+    truncate = partial(_truncate, find_cutoff=find_cutoff)
+    kept = constrain(jax.lax.cond(wanted.truncation, truncate, lambda x, _: x, scaled, rows), LOGITS)
     drawn = argmax(kept + _gumbel(rows, logits.shape[-1]))
     return jnp.where(greedy, argmax(logits), drawn)
 
@@ -134,41 +181,15 @@ def _gumbel(rows: SamplingRows, vocab: int) -> Array:
     return jax.vmap(jax.vmap(one_row))(rows.seed_high, rows.seed_low, rows.positions)
 
 
-def _truncate(scaled: Array, rows: SamplingRows) -> Array:
+def _truncate(scaled: Array, rows: SamplingRows, find_cutoff: FindCutoff = find_cutoff) -> Array:
     """Logits [dp, S, V] with the tokens that min_p, top_k or top_p leave out at -inf. Ties at a threshold stay."""
     best = jnp.max(scaled, axis=-1, keepdims=True)
     likelihood = jnp.exp(scaled - best)  # relative to the best token
     scaled = jnp.where(likelihood >= rows.min_p[..., None], scaled, -jnp.inf)
-    key = ordered_bits(scaled)
     vocab = scaled.shape[-1]
-    k = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, vocab), vocab)
-    kth = _largest(lambda at_least: jnp.sum(at_least, axis=-1) >= k, key)
-    scaled = jnp.where(key >= kth[..., None], scaled, -jnp.inf)
-    likelihood = jnp.where(scaled > -jnp.inf, likelihood, 0.0)
-    mass = rows.top_p * jnp.sum(likelihood, axis=-1)
-    nucleus = _largest(
-        lambda at_least: jnp.sum(jnp.where(at_least, likelihood, 0.0), axis=-1) >= mass, ordered_bits(scaled)
-    )
-    nucleus = jnp.where(rows.top_p < 1, nucleus, 0)
-    return jnp.where(ordered_bits(scaled) >= nucleus[..., None], scaled, -jnp.inf)
-
-
-def ordered_bits(x: Array) -> Array:
-    """uint32 keys that compare as the floats do; both zeros are equal."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    bits = jnp.where(bits == jnp.uint32(1 << 31), jnp.uint32(0), bits)  # -0.0
-    negative = (bits >> 31) == 1
-    return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _largest(holds, key: Array) -> Array:
-    """Largest threshold, uint32 [dp, S], for which ``holds(key >= threshold)``; bit by bit from the top."""
-
-    def try_bit(i: Array, threshold: Array) -> Array:
-        candidate = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(holds(key >= candidate[..., None]), candidate, threshold)
-
-    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(key.shape[:-1], jnp.uint32))
+    top_k = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, vocab), vocab)
+    cutoff = find_cutoff(scaled, best[..., 0], top_k, rows.top_p)
+    return jnp.where(ordered_bits(scaled) >= cutoff[..., None], scaled, -jnp.inf)
 
 
 def count_tokens(counts: Array, slots: Array, tokens: Array, num_rows: Array) -> Array:

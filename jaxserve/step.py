@@ -28,6 +28,7 @@ from pallas_kernels.kv_write import Inputs
 from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Shape
 from pallas_kernels.sampling import Tails
 from sharding import ShardingRules
+from sharding.rules import mesh_axes
 
 HEAD_AXES = ("replica", None, "kv_heads", None, None)
 """Of projections [dp, T, K, G+2, H], and of what attention makes of them."""
@@ -42,7 +43,8 @@ Caches = tuple[list[Array], list[Array]]
 
 @dataclass(frozen=True)
 class Step:
-    """The static side of a step: the model's structure, how attention and thresholds of top-k and top-p are computed, what lies where."""
+    """The static side of a step: the model's structure, how attention and the thresholds of sampling are computed,
+    what lies where."""
 
     graph: Any
     tree: Any
@@ -220,8 +222,9 @@ class Step:
 
     def _find_cutoff(self, scaled: Array, best: Array, top_k: Array, top_p: Array) -> Array:
         """Each device has its part of the vocabulary; what they add up are a few numbers per row."""
-        axes = self.rules.vocab
-        add_up = (lambda x: x) if axes is None else partial(jax.lax.psum, axis_name=axes)
+        # Axes of one device are left out: XLA:CPU would keep an all-reduce over nobody.
+        axes = tuple(axis for axis in mesh_axes(self.rules.vocab) if self.mesh.shape[axis] > 1)
+        add_up = partial(jax.lax.psum, axis_name=axes)
         logits, row = self.rules.spec(LOGITS), self.rules.spec(("replica", None))
         on_device = partial(find_cutoff, tails=self.tails, add_up=add_up)
         specs = (logits, row, row, row)

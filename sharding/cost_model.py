@@ -30,8 +30,13 @@ IMBALANCE = 0.05
 """What a tick of a pipeline takes longer than its share of the work: every stage waits for the slowest, and
 microbatches are never quite alike. A guess."""
 SAMPLING_REDUCTIONS = 2
-"""All-reduces of one pair of numbers per sampled row: the largest score, and the smallest token id that has it. top_k
-and top_p add some 30 more, which are not counted."""
+"""All-reduces of one pair of numbers per sampled row: the largest score, and the smallest token id that has it."""
+TRUNCATION_BYTES = 15 * 4
+"""Most that an all-reduce of top_k and top_p carries per sampled row: for each threshold that is tried at once, how
+many tokens reach it, or how much likelihood. They run in steps that ask for them, and are allowed but not counted."""
+LOGIT_WORDS = 3
+"""Of 4 bytes, per entry of the logits while they are sampled from: themselves, edited, and their keys. So XLA compiles
+it for an H200."""
 MEMORY_UTILIZATION = 0.92
 """The engine's default for ``gpu_memory_utilization``."""
 RESERVE_BYTES = GIB // 2
@@ -203,7 +208,8 @@ def layer_collectives(shape: ModelShape, step: Step, mesh: MeshConfig) -> list[C
 
 def tick_collectives(shape: ModelShape, step: Step, mesh: MeshConfig, sampling: bool = True) -> list[Collective]:
     """Outside of layers. The vocabulary's shards: [T, D] embeddings are summed, and sampling compares pairs of numbers
-    per row. pp: [T, D] goes to the next stage, and the last stage's [S, D] to all for the unembedding."""
+    per row (what top_k and top_p add up is allowed, not counted). pp: [T, D] goes to the next stage, and the last
+    stage's [S, D] to all for the unembedding."""
     row = shape.hidden_size * shape.dtype_bytes
     found = []
     if vocabulary_shards(mesh) > 1:
@@ -211,6 +217,7 @@ def tick_collectives(shape: ModelShape, step: Step, mesh: MeshConfig, sampling: 
         found.append(Collective("all_reduce", axes, step.num_rows * row))
         if sampling:
             found.append(Collective("all_reduce", axes, step.num_seqs * 8, SAMPLING_REDUCTIONS))
+            found.append(Collective("all_reduce", axes, step.num_seqs * TRUNCATION_BYTES, count=0))
     if mesh.pp > 1:
         found.append(Collective("permute", ("pp",), step.num_rows * row))
         found.append(Collective("all_reduce", ("pp",), step.num_seqs * row))
@@ -298,11 +305,12 @@ def memory_per_gpu(shape: ModelShape, mesh: MeshConfig, gpu: Gpu, num_slots: int
 
 
 def _activation_bytes(shape: ModelShape, mesh: MeshConfig, num_slots: int, num_rows: int) -> int:
-    """An estimate of what one layer has alive (residual, normalised input, QKV, attention output, feed-forward), and
-    of the logits: float32, and once more while they are edited."""
-    qkv = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    row = 3 * shape.hidden_size + (qkv + 3 * shape.intermediate_size) // mesh.tp
-    return num_rows * row * shape.dtype_bytes + 2 * num_slots * shape.vocab_size // vocabulary_shards(mesh) * 4
+    """What one layer has alive at most (residual and normalised input; gate, up and their product), or sampling, if
+    that is more; and the hidden states that come out, or with stages also wait for the next tick."""
+    row = shape.hidden_size * shape.dtype_bytes
+    layer = num_rows * (2 * row + 3 * shape.intermediate_size * shape.dtype_bytes // mesh.tp)
+    sampling = LOGIT_WORDS * 4 * num_slots * shape.vocab_size // vocabulary_shards(mesh)
+    return max(layer, sampling) + num_rows * row * (1 if mesh.pp == 1 else 2)
 
 
 def kv_tokens(shape: ModelShape, mesh: MeshConfig, memory: MemoryPerGpu, sequence: int) -> int:

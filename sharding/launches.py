@@ -28,7 +28,8 @@ class Launches:
     def __str__(self) -> str:
         others = ", ".join(f"{n} {kind}" for kind, n in self.outside.items()) or "none"
         total = self.inside + sum(self.outside.values())
-        return f"{self.graphs} CUDA graphs hold {self.inside} of {total} operations; not in one: {others}"
+        graphs = "1 CUDA graph holds" if self.graphs == 1 else f"{self.graphs} CUDA graphs hold"
+        return f"{graphs} {self.inside} of {total} operations; not in one: {others}"
 
 
 def read_launches(directory: Path) -> Launches | None:

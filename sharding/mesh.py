@@ -50,7 +50,8 @@ class MeshConfig:
     rules: Pairs = ()
     """(logical axis, mesh axes) that replace entries of ``ShardingRules``."""
     xla_flags: Pairs = ()
-    """(version of jax, flags): the flags under the longest version that jax's own begins with are set."""
+    """(version of jax, flags of XLA's compiler): those under the longest version that jax's own begins with count, for
+    the step and beside our own (``sharding.xla_flags``)."""
 
     def __post_init__(self) -> None:
         for axis in MESH_AXES:
@@ -73,8 +74,7 @@ class MeshConfig:
 
     def flags_for(self, version: str) -> tuple[str, ...]:
         """XLA flags for this version of jax."""
-        fitting = [(key, flags) for key, flags in self.xla_flags if f"{version}.".startswith(f"{key}.")]
-        return max(fitting, key=lambda pair: len(pair[0]), default=("", ()))[1]
+        return flags_for(self.xla_flags, version)
 
     @property
     def sharding_rules(self) -> ShardingRules:
@@ -151,6 +151,12 @@ class MeshConfig:
             if size != 1 and size != getattr(mesh, axis):
                 raise ValueError(f"mesh says {axis}={getattr(mesh, axis)}, the {axis} size argument says {size}")
         return mesh
+
+
+def flags_for(by_version: Pairs, version: str) -> tuple[str, ...]:
+    """Those under the longest version that ``version`` begins with."""
+    fitting = [(key, flags) for key, flags in by_version if f"{version}.".startswith(f"{key}.")]
+    return max(fitting, key=lambda pair: len(pair[0]), default=("", ()))[1]
 
 
 def _axes(value: str | list[str]) -> tuple[str, ...]:

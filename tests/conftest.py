@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ NUM_DEVICES = 8
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    jax.config.update("jax_platforms", "cpu")
+    platform = os.environ.get("JAXSERVE_TEST_PLATFORM", "cpu")
+    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda,cpu"}[platform])
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -30,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_max_size", 4 * GIB)
     # A test run that was killed may leave such a file behind. It is compiled again, with this warning.
     config.addinivalue_line("filterwarnings", "default:Error (reading|writing) persistent compilation cache")
-    assert len(jax.devices()) == NUM_DEVICES  # made now, while their number can still be chosen
+    assert len(jax.devices("cpu")) == NUM_DEVICES  # made now, while their number can still be chosen
 
     slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
     settings.register_profile("tests", derandomize=True, deadline=None, max_examples=60, suppress_health_check=slow)

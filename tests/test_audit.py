@@ -372,7 +372,7 @@ needs_compiler = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.mi
 def test_the_h200_program(model: Path, tmp_path: Path) -> None:
     engine = Engine(model, "dp=2,tp=2", "h200:4", dtype="bfloat16")
     layout = engine.layout(decode=True)
-    engine.runner.compiler_options = {OPTION: str(tmp_path)}
+    engine.runner.compiler_options |= {OPTION: str(tmp_path)}
     with aot.not_cached():
         found = engine.audit(layout)
     assert found.check(engine.budget(layout)) == []
@@ -381,7 +381,7 @@ def test_the_h200_program(model: Path, tmp_path: Path) -> None:
     assert all(p.aliased for p in found.parameters if p.name.startswith("state"))
     launches = read_launches(tmp_path)
     assert launches is not None
-    assert launches.graphs > 0 and launches.inside > sum(launches.outside.values()) / 2
+    assert launches.graphs == 1 and launches.inside > 50 and not launches.outside
 
 
 @needs_compiler

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny_models import run, tokens_of
+from tiny_models import SMALL, run, tokens_of
 
 from jaxserve import LLM, SamplingParams
-from jaxserve.build import _set_xla_flags
 from sharding import MeshConfig, ShardingRules, build_mesh
+from sharding.xla_flags import compiler_options
 
 EVERYTHING = """
 [axes]
@@ -104,10 +104,15 @@ def test_a_rule_for_no_axis(tmp_path: Path) -> None:
         _ = config.sharding_rules
 
 
-def test_flags_that_come_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = MeshConfig(xla_flags=((jax.__version__, ("--xla_gpu_e=5",)),))
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_e=5")
-    _set_xla_flags(config)  # set already
-    monkeypatch.setenv("XLA_FLAGS", "")
-    with pytest.raises(ValueError, match="--xla_gpu_e=5"):
-        _set_xla_flags(config)
+def test_flags_are_options_of_the_compiler() -> None:
+    mesh = MeshConfig(xla_flags=(("0.11", ("--xla_gpu_a=5", "--xla_b", "--xla_c=False")),))
+    assert compiler_options(mesh, "cpu", "0.11.2") == {"xla_gpu_a": "5", "xla_b": True, "xla_c": False}
+    on_gpu = compiler_options(mesh, "gpu", "0.11.2")
+    assert on_gpu["xla_gpu_a"] == "5" and "COLLECTIVES" in on_gpu["xla_gpu_enable_command_buffer"]
+    assert compiler_options(mesh, "gpu", "0.13.0") == {}
+
+
+def test_flags_of_a_file_reach_the_step(tiny_model: Path, tmp_path: Path) -> None:
+    text = f'[axes]\ntp = 2\n[xla_flags]\n"{jax.__version__}" = ["--xla_cpu_is_pink=true"]\n'
+    with pytest.raises(ValueError, match=r"xla_flags.*xla_cpu_is_pink"):
+        LLM(tiny_model, mesh=write(tmp_path, text), use_tqdm_on_load=False, **SMALL)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from on_device import CAPABILITY, INTERPRET, PLATFORM
 
 from pallas_kernels.dequant_matmul import (
     GROUPS,
@@ -30,9 +31,8 @@ from sharding import aot, build_mesh
 from sharding.hardware import Cluster
 from sharding.mesh import MeshConfig
 
-IMPLEMENTATIONS = {
-    implementation.name: implementation for implementation in (reference.IMPLEMENTATION, triton.INTERPRETED)
-}
+TRITON = triton.INTERPRETED if INTERPRET else triton.IMPLEMENTATION
+IMPLEMENTATIONS = {implementation.name: implementation for implementation in (reference.IMPLEMENTATION, TRITON)}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Case:
     @property
     def setting(self) -> Setting:
         bits = 8 if self.group is None else 4
-        return Setting("cpu", None, str(jnp.dtype(self.dtype)), bits, self.group, self.depth, self.columns)
+        return Setting(PLATFORM, CAPABILITY, str(jnp.dtype(self.dtype)), bits, self.group, self.depth, self.columns)
 
     @property
     def tolerance(self) -> float:
@@ -104,8 +104,8 @@ def make_weights(case: Case, rng: np.random.Generator) -> tuple[Weights, np.ndar
 @cache
 def program(name: str, tiles: Tiles | None) -> Any:
     implementation = IMPLEMENTATIONS[name]
-    if tiles is not None and implementation is triton.INTERPRETED:
-        implementation = triton.implementation(name, implementation.refuses, tiles, interpret=True)
+    if tiles is not None and implementation is TRITON:
+        implementation = triton.implementation(name, implementation.refuses, tiles, interpret=INTERPRET)
     return jax.jit(implementation.product)
 
 

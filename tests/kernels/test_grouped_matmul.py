@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from mosaic_interpreter import racing
+from on_device import CAPABILITY, INTERPRET, PLATFORM
 
 from pallas_kernels.grouped_matmul import NARROW, GroupedMatmul, Setting, Weights, mosaic, reference, triton
 from pallas_kernels.triton_tiles import SMALLEST
@@ -21,13 +22,15 @@ from sharding import aot, build_mesh
 from sharding.hardware import Cluster
 from sharding.mesh import MeshConfig
 
+TRITON = triton.INTERPRETED if INTERPRET else triton.IMPLEMENTATION
+MOSAIC_REFUSES, RACING = (mosaic.refuses_arrays, racing()) if INTERPRET else (mosaic.refuses, None)
 IMPLEMENTATIONS = {
     implementation.name: implementation
     for implementation in (
         reference.IMPLEMENTATION,
-        triton.INTERPRETED,
-        triton.implementation("triton's own tiles", triton.INTERPRETED.refuses, interpret=True),
-        mosaic.implementation("mosaic", mosaic.refuses_arrays, mosaic.Tiles(64, 64, 64, 2, band=2), racing()),
+        TRITON,
+        triton.implementation("triton's own tiles", TRITON.refuses, interpret=INTERPRET),
+        mosaic.implementation("mosaic", MOSAIC_REFUSES, mosaic.Tiles(64, 64, 64, 2, band=2), RACING),
     )
 }
 
@@ -55,7 +58,7 @@ class Case:
     @property
     def setting(self) -> Setting:
         names = str(jnp.dtype(self.dtype)), str(self.weights_are)
-        return Setting("cpu", None, *names, self.num_experts, self.depth, self.columns)
+        return Setting(PLATFORM, CAPABILITY, *names, self.num_experts, self.depth, self.columns)
 
     @property
     def tolerance(self) -> float:
@@ -148,7 +151,7 @@ def test_conforms(name: str, label: str) -> None:
     conforms()
 
 
-@pytest.mark.parametrize("name", ["triton_interpreted", "mosaic"])
+@pytest.mark.parametrize("name", [TRITON.name, "mosaic"])
 def test_experts_without_rows_are_not_read(name: str) -> None:
     case = CASES["long rows"]
     rng = np.random.default_rng(0)

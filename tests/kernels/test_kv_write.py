@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from on_device import INTERPRET
 
 from pallas_kernels.kv_write import HeadNorm, Inputs, KvWrite, reference, triton
 from pallas_kernels.paged_attention import Scoring, Setting, stored
@@ -89,9 +90,10 @@ CASES = {
     "int8 cache": Case(7, 2, 2, 16, rotary=16, norm=QWEN, dtype=jnp.bfloat16, kv_dtype=jnp.int8),
 }
 
-TILED = KvWrite("tiles of four", partial(triton.write, tile=triton.Tile(4), interpret=True))
+TRITON = triton.INTERPRETED if INTERPRET else triton.IMPLEMENTATION
+TILED = KvWrite("tiles of four", partial(triton.write, tile=triton.Tile(4), interpret=INTERPRET))
 """The steps here are too small for the kernel to choose several tokens a program."""
-IMPLEMENTATIONS = {impl.name: impl for impl in (reference.IMPLEMENTATION, triton.INTERPRETED, TILED)}
+IMPLEMENTATIONS = {impl.name: impl for impl in (reference.IMPLEMENTATION, TRITON, TILED)}
 
 
 class Problem(NamedTuple):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_device import CAPABILITY, PLATFORM
 
 from pallas_kernels.dispatch import PAGED_ATTENTION, paged_attention
 from pallas_kernels.kv_write import HeadNorm, Inputs
@@ -45,8 +46,8 @@ class Case:
     @property
     def setting(self) -> Setting:
         return Setting(
-            "cpu",
-            None,
+            PLATFORM,
+            CAPABILITY,
             str(jnp.dtype(self.dtype)),
             str(self.cache_dtype),
             self.head_dim,
@@ -235,8 +236,8 @@ RUNS = [
     if implementation.refuses(case.setting) is None
 ]
 
-HERE = Setting("cpu", None, "float32", "float32", 64, 4, 16)
-ON_CPU = [name for name, implementation in PAGED_ATTENTION.items() if implementation.refuses(HERE) is None]
+HERE = Setting(PLATFORM, CAPABILITY, "float32", "float32", 64, 4, 16)
+HERE_NAMES = [name for name, implementation in PAGED_ATTENTION.items() if implementation.refuses(HERE) is None]
 """Names of what runs here."""
 
 
@@ -257,7 +258,7 @@ def test_conforms(name: str, case: Case) -> None:
     conforms()
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", HERE_NAMES)
 def test_queries_of_lower_precision(name: str) -> None:
     case = CASES["bfloat16"]
     problem = make_problem(case, [Sequence(2, 9), Sequence(1, 4)], 0)
@@ -269,7 +270,7 @@ def test_queries_of_lower_precision(name: str) -> None:
 @pytest.mark.parametrize(
     "case", [CASES["plain"], CASES["several tiles"], CASES["decode many"]], ids=["plain", "tiles", "decode"]
 )
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", HERE_NAMES)
 def test_a_context_cut_in_two_merges_exactly(name: str, case: Case) -> None:
     """Each of two ranks has every other key of each sequence; some see nothing at all."""
     case = replace(case, window=None)
@@ -298,7 +299,7 @@ def part_of(problem: Problem, rank: int) -> Problem:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", HERE_NAMES)
 def test_write_changes_the_slots_it_is_given_and_nothing_else(name: str, dtype: Any) -> None:
     case = Case(7, 1, 1, 4, 3, 1, 8, dtype=dtype)
     write = programs(name, case)[0]
@@ -329,15 +330,19 @@ def test_dispatch_says_what_runs() -> None:
         assert implementation.name == name
         if implementation.refuses(HERE) is None:
             assert paged_attention(HERE, name) is implementation
-    assert paged_attention(HERE).name == "cpu"
+    assert paged_attention(CPU).name == "cpu"
+    assert paged_attention(CPU._replace(platform="gpu", capability=(8, 0))).name == "triton"
+
+
+CPU = Setting("cpu", None, "float32", "float32", 64, 4, 16)
 
 
 @pytest.mark.parametrize(
     ("setting", "backend", "words"),
     [
-        (HERE, "flash", ["'flash'", *PAGED_ATTENTION]),
-        (HERE._replace(platform="tpu"), None, ["tpu", "none is for"]),
-        (HERE, "triton", ["triton: it is for NVIDIA GPUs", "cpu", "reference"]),
+        (CPU, "flash", ["'flash'", *PAGED_ATTENTION]),
+        (CPU._replace(platform="tpu"), None, ["tpu", "none is for"]),
+        (CPU, "triton", ["triton: it is for NVIDIA GPUs", "cpu", "reference"]),
     ],
     ids=str,
 )
