@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxserve.async_llm import AsyncLLM, EngineDeadError
     from jaxserve.llm import LLM
     from jaxserve.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from jaxserve.sampling_params import RequestOutputKind, SamplingParams
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
+    "EngineDeadError",
     "Logprob",
     "MeshConfig",
     "RequestMetrics",
@@ -27,6 +30,8 @@ __all__ = [
 
 _HOME = {
     "LLM": "jaxserve.llm",
+    "AsyncLLM": "jaxserve.async_llm",
+    "EngineDeadError": "jaxserve.async_llm",
     "MeshConfig": "sharding",
     "RequestOutputKind": "jaxserve.sampling_params",
     "SamplingParams": "jaxserve.sampling_params",

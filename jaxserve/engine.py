@@ -152,6 +152,11 @@ class Engine:
     def has_unfinished(self) -> bool:
         return bool(self._groups)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step has something to do: for a request, or to read what is in flight for one that was aborted."""
+        return bool(self._groups) or self._in_flight is not None
+
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix."""
         self.scheduler.reset_prefix_cache()

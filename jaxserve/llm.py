@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -16,15 +15,13 @@ from jaxserve.build import build_engine, join
 from jaxserve.engine import Engine
 from jaxserve.engine_args import EngineArgs, EngineOptions
 from jaxserve.follower import Follower
+from jaxserve.inputs import Prompt, as_prompts, need_tokenizer, one_each, read_prompt, refuse
 from jaxserve.layer_digest import LayerDigest, layer_digests
 from jaxserve.metrics import EngineMetrics
 from jaxserve.outputs import RequestOutput
 from jaxserve.runner import CompileRecord
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 from jaxserve.tokenizer import apply_chat_template
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, the last two with "cache_salt" if wished."""
 
 
 class LLM:
@@ -39,14 +36,7 @@ class LLM:
 
     def __init__(self, model: str | Path, **options: Unpack[EngineOptions]) -> None:
         self.args = EngineArgs.of(model, **options)
-        job = join(self.args)
-        with nullcontext() if job is None else job.reporting():
-            self.engine: Engine = build_engine(self.args, job)
-        if job is not None and not job.is_leader:
-            Follower(self.engine, job).run()
-            raise SystemExit(0)
-        if job is not None:
-            atexit.register(self.close)
+        self.engine: Engine = open_engine(self.args)
         self._next_id = 0
 
     def close(self) -> None:
@@ -71,7 +61,7 @@ class LLM:
         ValueError before anything runs, QueueFullError where the queue has no room for all of it. Interrupted or
         failed, nothing of the call stays behind in the engine.
         """
-        _refuse(lora_request=lora_request)
+        refuse(lora_request=lora_request)
         calls = self._calls(prompts, sampling_params, priority, tenant, final_only=True)
         finished = {o.request_id: o for o in self._run(calls, use_tqdm)}
         return [finished[request_id] for request_id in sorted(finished, key=int)]
@@ -101,7 +91,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of {"role", "content"} messages) or a list of them."""
-        _refuse(lora_request=lora_request)
+        refuse(lora_request=lora_request)
         prompts = self.chat_prompts(
             messages,
             chat_template=chat_template,
@@ -119,9 +109,7 @@ class LLM:
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer."""
-        if self.engine.tokenizer is None:
-            raise ValueError("this engine has no tokenizer (skip_tokenizer_init=True)")
-        return self.engine.tokenizer
+        return need_tokenizer(self.engine.tokenizer)
 
     def get_metrics(self) -> EngineMetrics:
         """Counters since the engine was made."""
@@ -132,7 +120,7 @@ class LLM:
         ``layer_digest.first_difference``, they name the first layer that differs."""
         if self.engine.runner.is_shared:
             raise NotImplementedError("layer digests are not supported with several processes: ask a single one")
-        return layer_digests(self.engine.runner, self._read(prompt)["prompt_token_ids"])
+        return layer_digests(self.engine.runner, read_prompt(prompt, self.engine.tokenizer)["prompt_token_ids"])
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix, as after a change of weights. Always succeeds: running requests keep the blocks
@@ -157,7 +145,7 @@ class LLM:
         priorities = one_each("priority", int, priority, 0, len(prompts))
         tenants = one_each("tenant", str, tenant, "", len(prompts))
         return [
-            {**self._read(prompt), "params": p, "priority": rank, "tenant": name}
+            {**read_prompt(prompt, self.engine.tokenizer), "params": p, "priority": rank, "tenant": name}
             for prompt, p, rank, name in zip(prompts, params, priorities, tenants, strict=True)
         ]
 
@@ -185,65 +173,23 @@ class LLM:
                 if use_tqdm:
                     _show_rates(bar, before, self.engine.metrics)
 
-    def _read(self, prompt: Prompt) -> dict[str, Any]:
-        """A prompt as ``Engine.add_request`` wants it."""
-        if isinstance(prompt, str):
-            return {"prompt": prompt, "prompt_token_ids": list(self.get_tokenizer().encode(prompt))}
-        if not isinstance(prompt, Mapping):
-            return {"prompt_token_ids": _token_ids(prompt)}
-        content = {k: v for k, v in prompt.items() if k != "cache_salt"}
-        unknown = sorted(set(content) - {"prompt", "prompt_token_ids"})
-        if unknown or len(content) != 1:
-            raise ValueError(
-                f"prompt {dict(prompt)!r}: it holds either 'prompt' or 'prompt_token_ids', and 'cache_salt' if wished"
-                + (f"; {unknown[0]!r} is not supported" if unknown else "")
-            )
-        salt = prompt.get("cache_salt")
-        if salt is not None and (not isinstance(salt, str) or not salt):
-            raise ValueError(f"cache_salt={salt!r}: it is a text that is not empty")
-        return self._read(next(iter(content.values()))) | {"cache_salt": salt}
 
-
-def as_prompts(prompts: Any) -> list[Any]:
-    """One prompt or many, as a list of prompts."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise ValueError(f"prompts {prompts!r}: text, token ids, a dict with either, or a list of these")
-    prompts = list(prompts)
-    return [prompts] if prompts and all(isinstance(t, Integral) for t in prompts) else prompts
-
-
-def _token_ids(prompt: Any) -> list[int]:
-    """Token ids as plain ints; ValueError for anything that is not a sequence of whole numbers."""
-    ids = list(prompt) if isinstance(prompt, Iterable) else [prompt]
-    if not isinstance(prompt, Iterable) or any(isinstance(t, bool) or not isinstance(t, Integral) for t in ids):
-        raise ValueError(f"prompt {prompt!r}: text, a list of token ids (whole numbers), or a dict with either")
-    return [int(t) for t in ids]
-
-
-def one_each(name: str, kind: type, given: Any, default: Any, count: int) -> list[Any]:
-    """An argument that is one value for all of ``count`` prompts, or one value for each, or None."""
-    if given is None or isinstance(given, kind):
-        values = [default if given is None else given] * count
-    else:
-        values = list(given) if isinstance(given, Iterable) else [given]
-        wrong = next((v for v in values if not isinstance(v, kind)), None)
-        if wrong is not None:
-            raise ValueError(f"{name} {wrong!r}: it is of type {kind.__name__}; give one for all, or one each")
-        if len(values) != count:
-            raise ValueError(f"{len(values)} {name} for {count} prompts: give one for all, or one each")
-    return values
+def open_engine(args: EngineArgs) -> Engine:
+    """Join the job, if there are several processes, and build the engine. Comes back in process 0 only: the others
+    follow it and then exit (SystemExit). They are let go at the end of the program, if not before."""
+    job = join(args)
+    with nullcontext() if job is None else job.reporting():
+        engine = build_engine(args, job)
+    if job is not None and not job.is_leader:
+        Follower(engine, job).run()
+        raise SystemExit(0)
+    if job is not None:
+        atexit.register(engine.journal.close)
+    return engine
 
 
 def replace_kind(params: SamplingParams, kind: RequestOutputKind) -> SamplingParams:
     return params if params.output_kind is kind else replace(params, output_kind=kind)
-
-
-def _refuse(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise NotImplementedError(f"{name}={value!r} is not supported yet; leave it at None")
 
 
 def _show_rates(bar: Any, before: EngineMetrics, now: EngineMetrics) -> None:

@@ -78,7 +78,7 @@ def test_a_target(run: Run, model: Path) -> None:
     target = ["--model", model, "-tp", "2", "--target", "2xh200", "--dtype", "bfloat16", "--decode"]
     found = report(run, *target)
     (program,) = found["programs"]
-    assert (found["target"], found["attention"]) == ("2 × h200", "reference")
+    assert (found["target"], found["attention"]) == ("2 × h200", "triton")
     assert {c["per_layer"] for c in program["collectives"] if c["where"] in ("attention", "mlp")} == {1}
     assert program["broken"] == []
     assert program["launches"]["graphs"] > 0
@@ -88,7 +88,7 @@ def test_a_target(run: Run, model: Path) -> None:
     result = run("audit", *target, *SMALL, "--gpu-memory-utilization", "0.003")
     assert result.code == 1
     assert "DOES NOT FIT: no room for one sequence of 64 tokens" in result.out
-    assert "attention  reference (plain XLA: each token reads its whole table" in result.out
+    assert "attention  triton" in result.out
 
 
 @pytest.mark.parametrize(
