@@ -327,12 +327,7 @@ def _limits(
     seqs = args.max_num_seqs or min(tokens, 64 if platform == "cpu" else 256)
     decode = args.decode_buckets or decode_buckets(seqs)
     _check_buckets("decode_buckets", decode, "max_num_seqs", seqs)
-    windows = decoder.layer_groups(longest)[0]
-    if mesh.cp > 1 and windows != (None,):
-        raise NotImplementedError(
-            f"decode_context_parallel_size={mesh.cp} is not supported for layers with a window "
-            f"({max(w for w in windows if w)} tokens); leave it at 1"
-        )
+    windows = check_context(decoder, mesh, longest)
     rows = args.token_buckets or token_buckets(tokens)
     _check_buckets("token_buckets", rows, "max_num_batched_tokens", tokens)
     return SchedulerConfig(
@@ -357,6 +352,18 @@ def _limits(
         num_replicas=mesh.dp,
         num_stages=mesh.pp,
     )
+
+
+def check_context(decoder: DecoderConfig, mesh: MeshConfig, longest: int) -> tuple[int | None, ...]:
+    """How far groups of layers look back in sequences of up to ``longest`` tokens; NotImplementedError if ranks were to
+    share the context of a layer with a window."""
+    windows = decoder.layer_groups(longest)[0]
+    if mesh.cp > 1 and windows != (None,):
+        raise NotImplementedError(
+            f"decode_context_parallel_size={mesh.cp} is not supported for layers with a window "
+            f"({max(w for w in windows if w)} tokens); leave it at 1"
+        )
+    return windows
 
 
 def _swap(args: EngineArgs, runner: ModelRunner, platform: str) -> SwapConfig:

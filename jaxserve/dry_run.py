@@ -159,7 +159,8 @@ class DryRun:
         seconds = time.perf_counter() - start
         budget = Budget.of_step(self.shape, step_of(layout), self.mesh, wide=self.cluster is None)
         name = self.runner.compiled[-1].program
-        return Program(name, layout, seconds, found, budget, tuple(found.check(budget)), launched)
+        broken = [] if self.mesh.rules else found.check(budget)
+        return Program(name, layout, seconds, found, budget, tuple(broken), launched)
 
     @contextmanager
     def _compiler(self) -> Iterator[Path | None]:

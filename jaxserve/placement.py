@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
-MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
-"""Number and rank, as Open MPI says it, and as MPICH and Intel MPI do."""
+OPEN_MPI, PMI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")
+"""Number and rank, as Open MPI says it; and as MPICH and Intel MPI do, but also Slurm for programs of these."""
 FIRST_PORT, NUM_PORTS = 61440, 4096
 """Of coordinators whose port nobody chose: by the job's number, so that two jobs seldom want the same."""
 
@@ -67,7 +68,8 @@ def placement(
 
 def check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """ValueError for a value that can never be right."""
-    if coordinator is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):\d{1,5}", coordinator):
+    host_and_port = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):(\d{1,5})", coordinator or "")
+    if coordinator is not None and (host_and_port is None or not 0 < int(host_and_port[2]) < 1 << 16):
         raise ValueError(f"coordinator={coordinator!r}: it is HOST:PORT, where process 0 listens")
     if num_processes is not None and num_processes < 1:
         raise ValueError(f"num_processes={num_processes!r}: it is a whole number of at least 1")
@@ -78,7 +80,7 @@ def check(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 def find(environ: Mapping[str, str]) -> Found | None:
     """What started this process as one of several, if anything did."""
-    finders = (_variables, _mpi, _slurm)
+    finders = (_variables, partial(_mpi, OPEN_MPI), _slurm, partial(_mpi, PMI))
     return next((found for finder in finders if (found := finder(environ)) and found.num_processes != 1), None)
 
 
@@ -97,13 +99,13 @@ def _variables(environ: Mapping[str, str]) -> Found | None:
     )
 
 
-def _mpi(environ: Mapping[str, str]) -> Found | None:
+def _mpi(names: tuple[str, str], environ: Mapping[str, str]) -> Found | None:
     """mpirun does not say on which host its first process runs, except Open MPI before 5, which runs there itself."""
-    for size, rank in MPI:
-        if size in environ and rank in environ:
-            coordinator = environ.get("JAX_COORDINATOR_ADDRESS") or _open_mpi_4(environ.get("OMPI_MCA_orte_hnp_uri"))
-            return Found("MPI", _number(size, environ[size]), _number(rank, environ[rank]), coordinator)
-    return None
+    size, rank = names
+    if size not in environ or rank not in environ:
+        return None
+    coordinator = environ.get("JAX_COORDINATOR_ADDRESS") or _open_mpi_4(environ.get("OMPI_MCA_orte_hnp_uri"))
+    return Found("MPI", _number(size, environ[size]), _number(rank, environ[rank]), coordinator)
 
 
 def _open_mpi_4(uri: str | None) -> str | None:

@@ -198,7 +198,7 @@ class Step:
             keys, values = ([cache[0] for cache in side] for side in caches)
             paged = PagedLayers(self, (keys, values), batch, layout, inside_stage=True)
             x = jnp.where(stage == 0, entering, passed[0])
-            there = partial(_is_there, decoder, stage) if decoder.num_layers % pp else None
+            there = partial(_is_there, decoder, stage) if decoder.has_idle_places else None
             constrain = partial(self.constrain, inside_stage=True)
             x = model.transform(x, batch["positions"], batch["rope_lens"], paged, constrain, there)
             x = jax.lax.ppermute(x, "pp", [(i, (i + 1) % pp) for i in range(pp)])

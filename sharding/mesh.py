@@ -19,6 +19,8 @@ MESH_AXES = ("dp", "pp", "cp", "tp")
 
 LINKS = ("nvlink", "pcie", "infiniband")
 """What an axis may communicate over."""
+FIXED_RULES = ("replica", "stage", "kv_blocks")
+"""Logical axes that lie where they do by what dp, pp and cp mean."""
 TABLES = {
     "axes": "sizes of the axes",
     "devices": "order = [...]: the devices in the order of the mesh, by their place in jax.devices()",
@@ -81,10 +83,11 @@ class MeshConfig:
         """The rules, with this mesh's own entries; ValueError for a logical axis that does not exist."""
         from sharding.rules import ShardingRules
 
-        known = [f.name for f in fields(ShardingRules)]
-        unknown = [logical for logical, _ in self.rules if logical not in known]
-        if unknown:
-            raise ValueError(f"mesh rules.{unknown[0]}: no such logical axis; there are {', '.join(known)}")
+        known = [f.name for f in fields(ShardingRules) if f.name not in FIXED_RULES]
+        for logical, _ in self.rules:
+            if logical not in known:
+                why = "it is fixed" if logical in FIXED_RULES else "no such logical axis"
+                raise ValueError(f"mesh rules.{logical}: {why}; there are {', '.join(known)}")
         return ShardingRules(**{logical: axes[0] if len(axes) == 1 else axes or None for logical, axes in self.rules})
 
     @property
@@ -128,16 +131,20 @@ class MeshConfig:
                 f"axes are {', '.join(MESH_AXES)}, and its tables {tables}"
             )
         try:
-            options: dict[str, Any] = {
+            config = cls(
                 **axes,
-                "device_order": tuple(file.get("devices", {}).get("order", ())),
-                "links": tuple(file.get("links", {}).items()),
-                "rules": tuple((k, _axes(v)) for k, v in file.get("rules", {}).items()),
-                "xla_flags": tuple((k, tuple(v)) for k, v in file.get("xla_flags", {}).items()),
-            }
-            return cls(**options)
-        except (ValueError, TypeError, AttributeError) as error:
+                device_order=tuple(_list_of(int, "devices.order", _only(file, "devices", "order"))),
+                links=tuple((k, _text(f"links.{k}", v)) for k, v in _table(file, "links").items()),
+                rules=tuple((k, _axes(f"rules.{k}", v)) for k, v in _table(file, "rules").items()),
+                xla_flags=tuple(
+                    (k, tuple(_list_of(str, f"xla_flags.{k}", v))) for k, v in _table(file, "xla_flags").items()
+                ),
+            )
+            if config.rules:  # else jax need not be loaded
+                _ = config.sharding_rules
+        except ValueError as error:
             raise ValueError(f"mesh file {path}: {error}") from None
+        return config
 
     @classmethod
     def resolve(cls, mesh: MeshConfig | str | Path | None, **sizes: Any) -> MeshConfig:
@@ -159,9 +166,39 @@ def flags_for(by_version: Pairs, version: str) -> tuple[str, ...]:
     return max(fitting, key=lambda pair: len(pair[0]), default=("", ()))[1]
 
 
-def _axes(value: str | list[str]) -> tuple[str, ...]:
+def _table(file: dict[str, Any], name: str) -> dict[str, Any]:
+    found = file.get(name, {})
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}={found!r}: it is a table, [{name}]")
+    return found
+
+
+def _only(file: dict[str, Any], name: str, key: str) -> Any:
+    table = _table(file, name)
+    if unknown := sorted(set(table) - {key}):
+        raise ValueError(f"[{name}] has an unknown key {unknown[0]!r}; there is {key}")
+    return table.get(key, [])
+
+
+def _list_of(kind: type, name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list) or any(type(item) is not kind for item in value):
+        what = {int: "whole numbers", str: "texts"}[kind]
+        raise ValueError(f"{name}={value!r}: it is a list of {what}")
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}={value!r}: it is a text")
+    return value
+
+
+def _axes(name: str, value: Any) -> tuple[str, ...]:
     """Mesh axes of a rule: a name, several, or "" for none."""
-    return ((value,) if value else ()) if isinstance(value, str) else tuple(value)
+    axes = ([value] if value else []) if isinstance(value, str) else _list_of(str, name, value)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{name}={value!r}: it names an axis twice")
+    return tuple(axes)
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

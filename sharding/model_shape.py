@@ -12,7 +12,7 @@ from itertools import pairwise
 from math import prod
 
 from sharding.mesh import MeshConfig
-from sharding.padding import fit_heads, up_to_multiple
+from sharding.padding import fit_heads, stage_starts, up_to_multiple
 
 VOCABULARY_AXES = ("pp", "tp")
 """Embedding and unembedding are laid over these: no stage has more of them than another."""
@@ -87,8 +87,9 @@ class ModelShape:
         return self.num_layers * layer + self.vocabulary_params + self.tables
 
     def layers_per_stage(self, mesh: MeshConfig) -> int:
-        """Stages run one program: where pp does not divide the layers, later stages have a place that idles."""
-        return -(-self.num_layers // mesh.pp)
+        """Stages run one program: where they have not equally many layers, the shorter ones have places that idle."""
+        starts = self._starts(mesh.pp)
+        return -(-self.num_layers // mesh.pp) if starts is None else max(b - a for a, b in pairwise(starts))
 
     def stage_windows(self, mesh: MeshConfig) -> Counter[int | None]:
         """How many layers of one stage look back how far."""
@@ -104,6 +105,8 @@ class ModelShape:
                 f"tp={mesh.tp} does not fit {self.num_heads} query heads; at most tp={self.num_heads} does"
             )
         self._check_stages(mesh.pp)
+        if mesh.cp > 1 and any(self.windows):
+            raise ValueError(f"cp={mesh.cp}: layers with a window cannot share a context")
         _, kv_heads, group = fit_heads(self.num_kv_heads, self.num_heads // self.num_kv_heads, mesh.tp)
         return replace(
             self,
@@ -116,18 +119,14 @@ class ModelShape:
     def _check_stages(self, pp: int) -> None:
         if pp > self.num_layers:
             raise ValueError(f"pp={pp} does not fit {self.num_layers} layers; at most pp={self.num_layers} does")
-        if not self._stages_agree(pp):
-            fits = ", ".join(str(n) for n in range(1, self.num_layers + 1) if self._stages_agree(n))
+        if self._starts(pp) is None:
+            fits = ", ".join(str(n) for n in range(1, self.num_layers + 1) if self._starts(n) is not None)
             raise ValueError(
                 f"pp={pp} puts layers of different windows at one place of its stages; pp that fits: {fits}"
             )
 
-    def _stages_agree(self, pp: int) -> bool:
-        """Whether the i-th layers of all stages look back equally far; the first stages have the layers left over."""
-        each, more = divmod(self.num_layers, pp)
-        starts = [stage * each + min(stage, more) for stage in range(pp + 1)]
-        stages = [self.windows[a:b] for a, b in pairwise(starts)]
-        return all(stage == stages[0][: len(stage)] for stage in stages)
+    def _starts(self, pp: int) -> tuple[int, ...] | None:
+        return stage_starts(self.windows or (None,) * self.num_layers, pp)
 
     def params_per_gpu(self, mesh: MeshConfig) -> int:
         """Of a shape that was fitted to the mesh. dp and cp ranks hold the same."""

@@ -156,7 +156,7 @@ def score(
     batch = replica.batch(objective)
     if batch is None:
         asked, most = workload.rate, mesh.dp * replica.requests_per_second(replica.most_seqs)
-        return Rejection(mesh, "rate", f"cannot keep up: {asked:g} requests/s asked, {most:.2g} served")
+        return Rejection(mesh, "rate", f"cannot keep up: {asked:g} requests/s asked, {most:.3g} served")
     return _plan(shape, replica, batch, objective)
 
 
@@ -204,8 +204,8 @@ def _crosses_hosts(shape: ModelShape, cluster: Cluster, mesh: MeshConfig) -> str
             for s in (span, within_a_host(span))
         )
         return (
-            f"{axis}={span.size} crosses hosts of {cluster.gpus_per_host}: its collectives take {slow * 1e3:.1f} ms "
-            f"per token there, {fast * 1e3:.1f} ms over {cluster.intra.name}"
+            f"{axis}={span.size} crosses hosts of {cluster.gpus_per_host}: never proposed; its collectives take "
+            f"{slow * 1e3:.1f} ms per token there, {fast * 1e3:.1f} ms over {cluster.intra.name}"
         )
     return None
 

@@ -90,18 +90,22 @@ def test_what_a_file_says_changes_the_layout_and_not_the_tokens(odd_model: Path,
         ("[axes]\ntp = 2\n[links]\ntp = 'wifi'", ["links.tp='wifi'", "nvlink, pcie, infiniband"]),
         ("[axes]\ntp = 2\n[rules]\nmlp = 'ep'", ["rules.mlp", "'ep'"]),
         ("[axes\ntp = 2", ["mesh.toml"]),
+        ("[axes]\ntp = 2\n[devices]\nordr = [1, 0]", ["'ordr'", "order"]),
+        ("[axes]\ntp = 2\n[devices]\norder = 5", ["devices.order=5", "list of whole numbers"]),
+        ("links = 'x'\n[axes]\ntp = 2", ["links='x'", "[links]"]),
+        ("[axes]\ntp = 2\n[links]\ntp = 3", ["links.tp=3"]),
+        ("[axes]\ntp = 2\n[rules]\nmlp = 3", ["rules.mlp=3"]),
+        ("[axes]\ntp = 2\n[rules]\nmlp = ['tp', 'tp']", ["rules.mlp", "twice"]),
+        ("[axes]\ndp = 2\n[rules]\nreplica = ''", ["rules.replica", "fixed"]),
+        ("[axes]\ntp = 2\n[rules]\nheads = 'tp'", ["rules.heads", "kv_heads"]),
+        ('[axes]\ntp = 2\n[xla_flags]\n"0.11" = "--x"', ["xla_flags.0.11='--x'", "list of texts"]),
+        ('[axes]\ntp = 2\n[xla_flags]\n"0.11" = [1]', ["xla_flags.0.11=[1]"]),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
     with pytest.raises(ValueError) as error:
         MeshConfig.from_file(write(tmp_path, text))
     assert all(word in str(error.value) for word in ["mesh.toml", *words])
-
-
-def test_a_rule_for_no_axis(tmp_path: Path) -> None:
-    config = MeshConfig.from_file(write(tmp_path, "[axes]\ntp = 2\n[rules]\nheads = 'tp'"))
-    with pytest.raises(ValueError, match=r"rules\.heads.*kv_heads"):
-        _ = config.sharding_rules
 
 
 def test_flags_are_options_of_the_compiler() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_equivalence import assert_same, workload
 from tiny_models import LLAMA, run, tokens_of, write_llama
 
@@ -18,6 +21,7 @@ from jaxserve.engine_args import EngineArgs
 from jaxserve.models.registry import decoder_config, load_hf_config
 from jaxserve.pipeline import Pipeline
 from sharding import MeshConfig
+from sharding.padding import stage_starts
 
 MakeLLM = Callable[..., LLM]
 
@@ -131,7 +135,8 @@ def test_what_does_not_go_with_stages(deep_model: Path, options: dict[str, Any],
     assert all(word in str(error.value) for word in words)
 
 
-def test_layers_of_two_kinds_must_line_up(tmp_path: Path) -> None:
+def test_layers_of_two_kinds_line_up(tmp_path: Path, make_llm: Callable[..., LLM]) -> None:
+    """In stages of two and of four, because stages of three would not."""
     write_llama(
         tmp_path,
         num_hidden_layers=6,
@@ -142,8 +147,45 @@ def test_layers_of_two_kinds_must_line_up(tmp_path: Path) -> None:
     )
     decoder = decoder_config(load_hf_config(tmp_path))
     assert [decoder.staged(3).layer_at(s, 1) for s in range(3)] == [1, 3, 5]
-    with pytest.raises(ValueError, match="sizes that fit: 1, 3"):
-        decoder.staged(2)
+    staged = decoder.staged(2)
+    assert [[staged.layer_at(s, i) for i in range(4)] for s in range(2)] == [[0, 1, 2, 3], [4, 5, None, None]]
+    with pytest.raises(ValueError, match="sizes that fit: 1, 2, 3"):
+        decoder.staged(4)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+    prompts = [list(range(20, 50)), [3, 4]]
+    one, two = (
+        [o.outputs[0].token_ids for o in make_llm(tmp_path, mesh=mesh).generate(prompts, params, use_tqdm=False)]
+        for mesh in ("pp=1", "pp=2")
+    )
+    assert one == two
+
+
+def no_longer_than_before(starts: tuple[int, ...]) -> bool:
+    sizes = [b - a for a, b in itertools.pairwise(starts)]
+    return sizes == sorted(sizes, reverse=True)
+
+
+@given(st.integers(1, 4), st.integers(1, 24), st.integers(1, 8))
+def test_stages_are_as_even_as_kinds_allow(period: int, count: int, stages: int) -> None:
+    kinds = tuple(i % period for i in range(count))
+    possible = (
+        [
+            (0, *inner, count)
+            for inner in itertools.combinations(range(1, count), stages - 1)
+            if all(start % period == 0 for start in inner) and no_longer_than_before((0, *inner, count))
+        ]
+        if stages <= 4 and count >= stages
+        else []
+    )
+    found = stage_starts(kinds, stages)
+    if found is not None:
+        assert found[0] == 0 and found[-1] == count and len(found) == stages + 1
+        assert no_longer_than_before(found)
+        assert all(kinds[start:end] == kinds[: end - start] for start, end in itertools.pairwise(found))
+    if stages <= 4:
+        assert (found is None) == (not possible)
+        longest = [max(b - a for a, b in itertools.pairwise(starts)) for starts in possible]
+        assert found is None or max(b - a for a, b in itertools.pairwise(found)) <= min(longest)
 
 
 def test_stages_have_every_layer_once() -> None:

@@ -220,6 +220,7 @@ def test_the_command_prints_in_one_process_only(tiny_model: Path, tmp_path: Path
         ({"coordinator": "a:1", "process_id": 0}, ["coordinator=a:1", "num_processes"]),
         ({"coordinator": "nowhere", "num_processes": 2, "process_id": 0}, ["coordinator='nowhere'", "HOST:PORT"]),
         ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, ["process_id=2", "0 to 1"]),
+        ({"coordinator": "a:70000", "num_processes": 2, "process_id": 0}, ["coordinator='a:70000'", "HOST:PORT"]),
         ({"num_processes": 0}, ["num_processes=0"]),
         ({"coordinator": "a:1", "num_processes": 2, "process_id": 0, "mesh": "tp=3"}, ["tp=3", "3 devices", "2 proc"]),
         (
@@ -253,6 +254,7 @@ POD = {"JOB_COMPLETION_INDEX": "1", "JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_A
         (POD, Placement("pod-0.svc:1234", 2, 1)),
         ({"JOB_COMPLETION_INDEX": "1"}, None),  # pods that have nothing to do with each other
         ({"PMI_SIZE": "1", "PMI_RANK": "0"}, None),
+        (SLURM | {"PMI_SIZE": "2", "PMI_RANK": "1"}, Placement("n03:61450", 2, 1)),
         (
             MPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.9.0.1,10.1.0.1:34911"},
             Placement("10.9.0.1:62624", 4, 3),

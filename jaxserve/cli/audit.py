@@ -119,18 +119,20 @@ def _print(run: DryRun, programs: Sequence[Program], memory: Memory | None) -> N
         },
     )
     for program in programs:
-        _print_program(program)
+        _print_program(program, bool(run.mesh.rules))
     _print_memory(run, programs, memory)
 
 
-def _print_program(program: Program) -> None:
+def _print_program(program: Program, own_rules: bool) -> None:
     rows = [_row(c, count, program.budget.num_layers) for c, count in program.audit.groups()]
     typer.echo(program.name)
     if rows:
         print_table(["collective", "over", "where", "count", "bytes each", "in all"], rows)
     else:
         typer.echo("  no collective")
-    if program.broken:
+    if own_rules:
+        typer.echo("  not held against a budget: the mesh file has rules of its own")
+    elif program.broken:
         for line in program.broken[:MOST_BROKEN]:
             typer.echo(f"  BROKEN: {line}")
         if len(program.broken) > MOST_BROKEN:

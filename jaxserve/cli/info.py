@@ -54,13 +54,22 @@ class _Plan:
     def of(cls, flags: ModelFlags) -> _Plan:
         import jax
 
-        from jaxserve.build import ModelFiles, fit, open_mesh, resolve_dtype, resolve_kv_dtype, resolve_mesh
+        from jaxserve.build import (
+            ModelFiles,
+            check_context,
+            fit,
+            open_mesh,
+            resolve_dtype,
+            resolve_kv_dtype,
+            resolve_mesh,
+        )
         from sharding import MeshConfig
 
         args = flags.engine_args()
         mesh_config = resolve_mesh(args)
         files = ModelFiles.find(args)
         decoder = fit(files.decoder, mesh_config)
+        check_context(decoder, mesh_config, decoder.max_position)
         _simulate(mesh_config.num_devices)
         open_mesh(MeshConfig())
         dtype = resolve_dtype(args.dtype, files.hf)
@@ -117,7 +126,10 @@ class _Plan:
         ]
         return {
             "axes": {axis: getattr(self.mesh_config, axis) for axis in MESH_AXES},
+            "device_order": self.mesh_config.device_order,
             "links": dict(self.mesh_config.links),
+            "rules": dict(self.mesh_config.rules),
+            "xla_flags": dict(self.mesh_config.xla_flags),
             "num_devices": self.mesh_config.num_devices,
             "devices": devices,
             "balanced": len({d["weight_bytes"] for d in devices}) == 1,
@@ -127,14 +139,16 @@ class _Plan:
     def _fit(self) -> dict[str, Any]:
         """What was copied and filled up so that the model divides, and what that adds to its weights and KV cache."""
         stored, fitted = self.files.decoder, self.decoder
+        places, kv_heads = fitted.layers_per_stage * fitted.num_stages, fitted.num_kv_heads
         return {
             "kv_head_copies": fitted.kv_copies,
             "kv_head_padding": fitted.kv_head_padding,
             "head_padding": fitted.head_padding,
             "intermediate_padding": fitted.intermediate_size - stored.intermediate_size,
             "vocab_padding": fitted.vocab_padding,
+            "idle_layers": places - fitted.num_layers,
             "added_weight_percent": round(100 * (self._parameters(fitted) / self._parameters(stored) - 1), 2),
-            "added_kv_percent": round(100 * (fitted.num_kv_heads / stored.num_kv_heads - 1), 2),
+            "added_kv_percent": round(100 * (kv_heads * places / (stored.num_kv_heads * stored.num_layers) - 1), 2),
         }
 
     def _parameters(self, config: DecoderConfig) -> int:
@@ -216,8 +230,14 @@ def _print_mesh(mesh: dict[str, Any]) -> None:
     pairs = {}
     if mesh["num_devices"] > 1:
         pairs["balance"] = f"{'every' if mesh['balanced'] else 'NOT every'} device holds the same"
+    if order := mesh["device_order"]:
+        pairs["device order"] = ", ".join(map(str, order))
     if mesh["links"]:
         pairs["links"] = ", ".join(f"{axis} over {link}" for axis, link in mesh["links"].items())
+    if mesh["rules"]:
+        pairs["rules"] = ", ".join(f"{name} over {','.join(axes) or 'none'}" for name, axes in mesh["rules"].items())
+    if mesh["xla_flags"]:
+        pairs["XLA flags"] = "; ".join(f"jax {key}: {' '.join(flags)}" for key, flags in mesh["xla_flags"].items())
     if notes := _fit_notes(mesh):
         weights, kv = mesh["added_weight_percent"], mesh["added_kv_percent"]
         pairs["fit"] = f"{', '.join(notes)}: {weights:.1f} % more weight memory, {kv:.0f} % more KV cache"
@@ -241,6 +261,7 @@ def _fit_notes(mesh: dict[str, Any]) -> list[str]:
         "kv_head_padding": "KV heads",
         "intermediate_padding": "feed-forward",
         "vocab_padding": "vocabulary",
+        "idle_layers": "places without a layer",
     }
     copies = mesh["kv_head_copies"]
     copied = [f"each KV head held {copies} times"] if copies > 1 else []

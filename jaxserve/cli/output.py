@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
+UNBOUNDED = 240
+"""Columns of tables that go to a file or to another program."""
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -61,29 +64,35 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
+def _console() -> Any:
+    """As wide as the terminal; where nobody reads along, as wide as what is written."""
+    from rich.console import Console
+
+    unbounded = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(highlight=False, width=UNBOUNDED if unbounded else None)
+
+
 def print_pairs(title: str, pairs: Mapping[str, str]) -> None:
     """A headline, and names beside values."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     grid = Table.grid(padding=(0, 2))
     for name, value in pairs.items():
         grid.add_row(Text("  " + name, style="dim"), Text(value))
-    console = Console(highlight=False)
+    console = _console()
     console.print(Text(title, style="bold"))
     console.print(grid)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=True)
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # no markup in brackets
-    Console(highlight=False).print(table)
+    _console().print(table)

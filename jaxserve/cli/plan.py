@@ -122,6 +122,8 @@ def _only(text: str, cluster: Cluster) -> MeshConfig:
     from sharding.mesh import MeshConfig
 
     mesh = MeshConfig.resolve(text)
+    if mesh.rules:
+        raise ValueError(f"--mesh {text}: plans know the usual rules only; leave [rules] out")
     if mesh.num_devices != cluster.num_gpus:
         raise ValueError(f"--mesh {mesh}: it has {mesh.num_devices} devices, the cluster {cluster.num_gpus} GPUs")
     return mesh

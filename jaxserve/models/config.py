@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
-from sharding.padding import fit_heads, up_to_multiple
+from sharding.padding import fit_heads, stage_starts, up_to_multiple
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -152,34 +153,39 @@ class DecoderConfig:
     def staged(self, num_stages: int) -> DecoderConfig:
         """The same model cut into stages of layers.
 
-        Every stage runs the same program, so layer i of all stages must be of one kind; raises ValueError where it is
-        not. Where ``num_stages`` does not divide the layers, the later stages have one less, and idle for it.
+        Every stage runs the same program, so layer i of all stages must be of one kind; raises ValueError where that
+        cannot be. Where stages differ in length, the later ones are shorter, and idle for it.
         """
         if num_stages > self.num_layers:
             raise ValueError(f"pipeline_parallel_size={num_stages}: this model has {self.num_layers} layers")
-        config = replace(self, num_stages=num_stages)
-        if not config._stages_agree():
-            sizes = [n for n in range(1, self.num_layers + 1) if replace(self, num_stages=n)._stages_agree()]
+        if stage_starts(self.layers, num_stages) is None:
+            sizes = [n for n in range(1, self.num_layers + 1) if stage_starts(self.layers, n) is not None]
             raise ValueError(
                 f"pipeline_parallel_size={num_stages} puts layers of different kinds (windows, rotary embeddings, "
                 f"scales) at the same place of different stages; sizes that fit: {', '.join(map(str, sizes))}"
             )
-        return config
+        return replace(self, num_stages=num_stages)
 
-    def _stages_agree(self) -> bool:
-        """Whether the layers at the same place of all stages are of one kind."""
-        places = ([self.layer_at(s, slot) for s in range(self.num_stages)] for slot in range(self.layers_per_stage))
-        return all(len({self.layers[i] for i in layers if i is not None}) == 1 for layers in places)
+    @property
+    def _starts(self) -> tuple[int, ...]:
+        starts = stage_starts(self.layers, self.num_stages)
+        assert starts is not None, "staged() refuses it"
+        return starts
 
     @property
     def layers_per_stage(self) -> int:
-        return -(-self.num_layers // self.num_stages)
+        """Of the longest stage: the places that all of them have."""
+        return max(end - start for start, end in pairwise(self._starts))
+
+    @property
+    def has_idle_places(self) -> bool:
+        """Whether some stage has fewer layers than places."""
+        return self.layers_per_stage * self.num_stages > self.num_layers
 
     def layer_at(self, stage: int, slot: int) -> int | None:
-        """The layer that is the ``slot``-th of a stage; None where the stage has one less."""
-        each, more = divmod(self.num_layers, self.num_stages)
-        first = stage * each + min(stage, more)
-        return first + slot if slot < each + (stage < more) else None
+        """The layer that is the ``slot``-th of a stage; None where the stage has fewer."""
+        first, end = self._starts[stage : stage + 2]
+        return first + slot if first + slot < end else None
 
     @property
     def stage_layers(self) -> tuple[LayerConfig, ...]:
