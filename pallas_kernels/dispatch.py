@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from pallas_kernels import dequant_matmul, grouped_matmul, sampling
+from pallas_kernels import dequant_matmul, grouped_matmul, mla_attention, sampling
 from pallas_kernels.dequant_matmul import DequantMatmul
 from pallas_kernels.dequant_matmul import reference as dequant_reference
 from pallas_kernels.dequant_matmul import triton as dequant_triton
@@ -13,6 +13,9 @@ from pallas_kernels.grouped_matmul import GroupedMatmul
 from pallas_kernels.grouped_matmul import mosaic as grouped_mosaic
 from pallas_kernels.grouped_matmul import reference as grouped_reference
 from pallas_kernels.grouped_matmul import triton as grouped_triton
+from pallas_kernels.mla_attention import MlaAttention
+from pallas_kernels.mla_attention import reference as mla_reference
+from pallas_kernels.mla_attention import triton as mla_triton
 from pallas_kernels.paged_attention import PagedAttention, Setting, cpu, mosaic, reference, triton
 from pallas_kernels.sampling import Tails
 from pallas_kernels.sampling import reference as tails_reference
@@ -38,6 +41,9 @@ def _by_name[I: Implementation](*implementations: I) -> dict[str, I]:
 PAGED_ATTENTION: Mapping[str, PagedAttention] = _by_name(
     reference.IMPLEMENTATION, cpu.IMPLEMENTATION, triton.IMPLEMENTATION, triton.INTERPRETED, mosaic.IMPLEMENTATION
 )
+MLA_ATTENTION: Mapping[str, MlaAttention] = _by_name(
+    mla_reference.IMPLEMENTATION, mla_triton.IMPLEMENTATION, mla_triton.INTERPRETED
+)
 GROUPED_MATMUL: Mapping[str, GroupedMatmul] = _by_name(
     grouped_reference.IMPLEMENTATION,
     grouped_triton.IMPLEMENTATION,
@@ -53,6 +59,7 @@ TAILS: Mapping[str, Tails] = _by_name(
 
 BEST: Mapping[str, Mapping[str, Sequence[str]]] = {
     "paged attention": {"cpu": ("cpu",), "gpu": ("triton",)},
+    "latent attention": {"cpu": ("reference",), "gpu": ("triton",)},
     "grouped matmul": {"cpu": ("reference",), "gpu": ("triton",)},
     "dequantising matmul": {"cpu": ("reference",), "gpu": ("triton",)},
     "tails of logits": {"cpu": ("reference",), "gpu": ("triton", "wide reference")},
@@ -64,6 +71,11 @@ come first once they have been timed there."""
 def paged_attention(setting: Setting, backend: str | None = None) -> PagedAttention:
     """The ``backend`` that is asked for, or the best for the setting; ValueError says why there is none."""
     return _choose("paged attention", PAGED_ATTENTION, setting, backend)
+
+
+def mla_attention_for(setting: mla_attention.Setting, backend: str | None = None) -> MlaAttention:
+    """As ``paged_attention``."""
+    return _choose("latent attention", MLA_ATTENTION, setting, backend)
 
 
 def grouped_matmul_for(setting: grouped_matmul.Setting, backend: str | None = None) -> GroupedMatmul:

@@ -7,7 +7,7 @@ alone do not keep the GPU busy. Every part writes its own float32 sums and XLA a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +18,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import tuning
 from pallas_kernels.dequant_matmul import GROUPS, SYMMETRIC_ZERO, DequantMatmul, Int4Weights, Setting, Weights
-from pallas_kernels.triton_tiles import WIDE, dot, load_tile, place, power_of_two, store_tile, uneven
+from pallas_kernels.triton_tiles import SMALLEST, WIDE, dot, load_tile, place, power_of_two, store_tile, uneven
 
 FEW_ROWS = 16
 """Up to here K is cut into parts."""
@@ -66,6 +67,19 @@ def tiles_for(num_rows: int, depth: int, columns: int, group: int | None) -> Til
     if num_rows <= FEW_ROWS:
         parts = max(1, min(BUSY // pl.cdiv(columns, width), depth // SHORTEST_PART))
     return Tiles(rows, width, step, parts, num_warps, num_stages=4)
+
+
+def _refuses_tiles(shape: Mapping[str, str], tiles: Tiles) -> str | None:
+    depth, group = int(shape["depth"]), int(shape["group"])
+    if group and (tiles.depth % group or depth % tiles.depth):
+        return f"depth={tiles.depth}: steps of {depth} rows are whole groups of {group}, and all the same"
+    if min(tiles.rows, tiles.columns, tiles.depth) < SMALLEST:
+        return f"rows, columns and depth are at least {SMALLEST}"
+    return tuning.powers_of_two(tiles, "rows", "columns", "depth", "num_warps")
+
+
+TUNED = tuning.read("dequant_matmul/triton", Tiles, ("rows", "depth", "columns", "group"), _refuses_tiles)
+"""``rows``: the next power of two; ``group``: 0 is weights of 8 bits."""
 
 
 def _kernel(x_ref: Any, weights: Any, out_ref: Any, *, tiles: Tiles) -> None:
@@ -141,11 +155,13 @@ def _widened(nibbles: Array, dtype: Any) -> tuple[Array, float]:
 
 
 def product(x: Array, weights: Weights, tiles: Tiles | None = None, interpret: bool = False) -> Array:
-    """[M, K] by [K, N] -> [M, N]. ``tiles`` of one's own, if not those of ``tiles_for``."""
+    """[M, K] by [K, N] -> [M, N]. ``tiles``: None = those tuned, or ``tiles_for``."""
     num_rows, depth = x.shape
     columns = weights.shape[1]
     group = weights.group if isinstance(weights, Int4Weights) else None
-    tiles = tiles or tiles_for(num_rows, depth, columns, group)
+    rows = pl.next_power_of_2(num_rows)
+    tuned = TUNED.get(rows=rows, depth=depth, columns=columns, group=group or 0) if tiles is None else None
+    tiles = tiles or tuned or tiles_for(num_rows, depth, columns, group)
     if group is not None and (tiles.depth % group or depth % tiles.depth):
         raise ValueError(f"steps of {tiles.depth} of {depth} rows: they are whole groups of {group}, and all the same")
     if not isinstance(weights, Int4Weights):

@@ -7,7 +7,7 @@ and only the tile's rows are stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import tuning
 from pallas_kernels.grouped_matmul import GroupedMatmul, Setting, Weights
 from pallas_kernels.grouped_matmul.triton import Plan, plan_tiles
 from pallas_kernels.triton_tiles import place, power_of_two
@@ -54,6 +55,17 @@ def tiles_for(rows: int, columns: int) -> Tiles:
     swizzle; three of them are 96 of 227 KiB of shared memory, so that two programs share an SM and one loads or
     stores while the other multiplies."""
     return Tiles(rows, 128 if columns > STEP else STEP, STEP, num_stages=3)
+
+
+def _refuses_tiles(shape: Mapping[str, str], tiles: Tiles) -> str | None:
+    if tiles.rows != int(shape["rows"]) or tiles.depth != STEP:
+        return f"rows={tiles.rows}, depth={tiles.depth}: the plan has {shape['rows']} rows, the swizzle {STEP} of K"
+    if tiles.columns % STEP or tiles.columns > 256:
+        return f"columns={tiles.columns}: a wgmma has at most 256, in multiples of {STEP}"
+    return None
+
+
+TUNED = tuning.read("grouped_matmul/mosaic", Tiles, ("rows", "depth", "columns"), _refuses_tiles)
 
 
 def _body(plan: Any, x: Any, w: Any, out: Any, *, tiles: Tiles) -> None:
@@ -110,9 +122,9 @@ def _store(sums: Array, out: Any, row: Array, row_end: Array, column: Array, sta
 
 
 def product(x: Array, weights: Weights, plan: Plan, tiles: Tiles | None = None, interpret: Any = False) -> Array:
-    """[M, K] by [E, K, N] -> [M, N]. ``tiles`` of the plan's rows, if not those of ``tiles_for``."""
-    columns = weights.values.shape[2]
-    tiles = tiles or tiles_for(plan.rows, columns)
+    """[M, K] by [E, K, N] -> [M, N]. ``tiles`` of the plan's rows: None = those tuned, or ``tiles_for``."""
+    _, depth, columns = weights.values.shape
+    tiles = tiles or TUNED.get(rows=plan.rows, depth=depth, columns=columns) or tiles_for(plan.rows, columns)
     if tiles.rows != plan.rows:
         raise ValueError(f"the plan has tiles of {plan.rows} rows, the product of {tiles.rows}")
     kernel = plgpu.kernel(

@@ -7,7 +7,7 @@ nothing. The padding behind the last expert's rows is a group like the others, w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +18,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import tuning
 from pallas_kernels.grouped_matmul import NARROW, GroupedMatmul, Setting, Weights
-from pallas_kernels.triton_tiles import WIDE, dot, load_tile, place, power_of_two, store_tile, uneven
+from pallas_kernels.triton_tiles import SMALLEST, WIDE, dot, load_tile, place, power_of_two, store_tile, uneven
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,17 @@ def tiles_for(rows: int, depth: int, columns: int, itemsize: int) -> Tiles:
     step = (128 if few else 64) // max(1, itemsize // 2)
     num_warps = 8 // min(itemsize, 2) if few else rows // 16
     return Tiles(rows, min(width, power_of_two(columns)), min(step, power_of_two(depth)), num_warps, num_stages=4)
+
+
+def _refuses_tiles(shape: Mapping[str, str], tiles: Tiles) -> str | None:
+    if tiles.rows != int(shape["rows"]):
+        return f"rows={tiles.rows}: the plan decides that there are {shape['rows']}"
+    if min(tiles.rows, tiles.columns, tiles.depth) < SMALLEST:
+        return f"rows, columns and depth are at least {SMALLEST}"
+    return tuning.powers_of_two(tiles, "rows", "columns", "depth", "num_warps")
+
+
+TUNED = tuning.read("grouped_matmul/triton", Tiles, ("rows", "depth", "columns", "itemsize"), _refuses_tiles)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["expert", "row", "row_end"], meta_fields=["rows"])
@@ -118,10 +130,12 @@ def _kernel(plan: Any, x_ref: Any, weights: Any, out_ref: Any, *, tiles: Tiles) 
 
 
 def product(x: Array, weights: Weights, plan: Plan, tiles: Tiles | None = None, interpret: bool = False) -> Array:
-    """[M, K] by [E, K, N] -> [M, N]. ``tiles`` of the plan's rows, if not those of ``tiles_for``."""
+    """[M, K] by [E, K, N] -> [M, N]. ``tiles`` of the plan's rows: None = those tuned, or ``tiles_for``."""
     _, depth, columns = weights.values.shape
     if tiles is None:
-        tiles = tiles_for(plan.rows, depth, columns, weights.values.dtype.itemsize)
+        itemsize = weights.values.dtype.itemsize
+        tuned = TUNED.get(rows=plan.rows, depth=depth, columns=columns, itemsize=itemsize)
+        tiles = tuned or tiles_for(plan.rows, depth, columns, itemsize)
     if tiles.rows != plan.rows:
         raise ValueError(f"the plan has tiles of {plan.rows} rows, the product of {tiles.rows}")
     return pl.pallas_call(

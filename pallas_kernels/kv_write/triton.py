@@ -10,7 +10,7 @@ head and the rest of it are loaded apart, each filled up and masked; ``max`` and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import tuning
 from pallas_kernels.kv_write import HeadNorm, Inputs, KvWrite
 from pallas_kernels.paged_attention import Scoring, Setting
 from pallas_kernels.triton_tiles import check_offsets
@@ -50,6 +51,14 @@ def tile_of(num_tokens: int, kv_heads: int, group: int, head_dim: int) -> Tile:
     return Tile(min(tokens, for_all))
 
 
+def _refuses_tile(shape: Mapping[str, str], tile: Tile) -> str | None:
+    return tuning.powers_of_two(tile, "tokens", "num_warps")
+
+
+TUNED = tuning.read("kv_write/triton", Tile, ("tokens", "kv_heads", "group", "head_dim"), _refuses_tile)
+"""``tokens``: the next power of two."""
+
+
 def write(
     k_cache: Array,
     v_cache: Array,
@@ -62,7 +71,10 @@ def write(
 ) -> tuple[Array, Array, Array]:
     check_offsets(k_cache)
     num_tokens, kv_heads, _, head_dim = inputs.qkv.shape
-    tile = tile or tile_of(num_tokens, kv_heads, inputs.group, head_dim)
+    if tile is None:
+        tokens = pl.next_power_of_2(num_tokens)
+        tuned = TUNED.get(tokens=tokens, kv_heads=kv_heads, group=inputs.group, head_dim=head_dim)
+        tile = tuned or tile_of(num_tokens, kv_heads, inputs.group, head_dim)
     q_shape = (num_tokens, kv_heads, inputs.group, head_dim)
     outputs = [(q_shape, inputs.qkv.dtype), (k_cache.shape, k_cache.dtype), (v_cache.shape, v_cache.dtype)]
     first_cache = len(jax.tree.leaves(inputs))

@@ -24,6 +24,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import tuning
 from pallas_kernels.kv_write import triton as kv_write
 from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Setting, Shape
 from pallas_kernels.paged_attention.reference import cache_shapes
@@ -199,10 +200,11 @@ def _take(x: Array, index: Array) -> Array:
 class Config:
     """``thread_blocks``: how many run. ``interpret``: of ``plgpu.kernel``; its interpreter has no wgmma whose left
     operand is in registers or whose accumulator starts at a value, so that there the weights go through shared memory
-    and products are added in registers."""
+    and products are added in registers. ``ahead``: None = what was tuned, or ``ahead_for``."""
 
     thread_blocks: int = NUM_SMS
     interpret: Any = None
+    ahead: Ahead | None = None
 
 
 class Operands(NamedTuple):
@@ -286,11 +288,43 @@ def _run(call: Call, operands: Operands, work: Work) -> tuple[Array, Array]:
     return kernel(*operands, work.items, work.total)
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Keys of a tile, and the tiles of K and of V that are loaded or under way."""
+
+    keys: int
+    stages: int
+
+
+def ahead_for(kind: Kind, head_dim: int) -> Ahead:
+    keys = 128 if head_dim <= 128 else 64
+    return Ahead(keys, min(MAX_STAGES, _room(kind, head_dim) // (2 * keys * head_dim * 2)))
+
+
+def _room(kind: Kind, head_dim: int) -> int:
+    """Bytes of shared memory beside the queries and, of a decoding item, the results."""
+    groups = 1 if kind == "decode" else WARPGROUPS
+    results = ROWS * (head_dim + 1) * 4 if kind == "decode" else 0
+    return SHARED_BYTES - groups * ROWS * head_dim * 2 - results
+
+
+def _refuses_ahead(shape: Mapping[str, str], ahead: Ahead) -> str | None:
+    kind, head_dim = shape["kind"], int(shape["head_dim"])
+    if kind not in ("decode", "prefill") or ahead.keys not in (64, 128):
+        return f"kind={kind}, keys={ahead.keys}: decode or prefill, with 64 or 128 keys"
+    needed, room = ahead.stages * 2 * ahead.keys * head_dim * 2, _room(kind, head_dim)
+    return f"keys and stages need {needed:,} bytes of shared memory, and {room:,} are left" if needed > room else None
+
+
+TUNED = tuning.read("paged_attention/mosaic", Ahead, ("kind", "head_dim"), _refuses_ahead)
+
+
 def _scratch(call: Call, operands: Operands) -> Scratch:
     head_dim, dtype = operands.q.shape[2], operands.q.dtype
-    tile, groups = (128 if head_dim <= 128 else 64), call.warpgroups
-    fixed = groups * ROWS * head_dim * 2 + (0 if call.keeps_all else ROWS * (head_dim + 1) * 4)
-    stages = min(MAX_STAGES, (SHARED_BYTES - fixed) // (2 * tile * head_dim * 2))
+    groups = call.warpgroups
+    kind: Kind = "decode" if groups == 1 else "prefill"
+    ahead = call.config.ahead or TUNED.get(kind=kind, head_dim=head_dim) or ahead_for(kind, head_dim)
+    tile, stages = ahead.keys, ahead.stages
 
     def matrices(*dims: int) -> Any:
         swizzle = _swizzle(dims[-1])
@@ -646,12 +680,13 @@ def attend(
     num_tokens, kv_heads, group, head_dim = q.shape
     ragged, num_seqs = plan.ragged, plan.ragged.kv_lens.shape[0]
     rows = jnp.moveaxis(q.astype(k_cache.dtype), 0, 1).reshape(kv_heads, num_tokens * group, head_dim)
+    padding = TILE_ROWS + -num_tokens * group % 8  # no tile reaches past it, and TMA wants whole tilings of 8 rows
     operands = Operands(
-        jnp.pad(rows, ((0, 0), (0, TILE_ROWS), (0, 0))),  # so that no tile reaches past them
+        jnp.pad(rows, ((0, 0), (0, padding), (0, 0))),
         k_cache,
         v_cache,
         ragged.block_tables,
-        jnp.pad(jnp.repeat(ragged.visible, group), (0, TILE_ROWS)),
+        jnp.pad(jnp.repeat(ragged.visible, group), (0, padding)),
     )
     call = Call(1, -(-group // 8) * 8, shape, scoring, config)
     decoded = _decode(call, operands, plan, group)

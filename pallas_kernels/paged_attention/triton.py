@@ -17,7 +17,7 @@ return at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import tuning
 from pallas_kernels.kv_write import triton as kv_write
 from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Setting, Shape
 from pallas_kernels.triton_tiles import check_offsets
@@ -74,7 +75,7 @@ class Cut:
     """Of a run, if its tile has more than one: partial results are traffic too, 2 * group / keys of the K and V that
     they are of, counting float32 results, written and read, against 16-bit keys."""
     tile: Tile | None = None
-    """None = ``tile_for``."""
+    """None = ``_tile_of``."""
 
     @property
     def min_units(self) -> int:
@@ -114,6 +115,24 @@ def tile_for(head_dim: int, group: int, dtype: str, tokens: int) -> Tile:
     keys = min(64, 64 * 128 // width)
     num_warps = 4 if heads * tokens <= 32 and heads * tokens * width <= 32 * 128 else 8
     return Tile(heads, keys, num_warps, 5 if tokens == 1 else 3)
+
+
+def _refuses_tile(shape: Mapping[str, str], tile: Tile) -> str | None:
+    if min(tile.heads * int(shape["tokens"]), tile.keys) < LEAST:
+        return f"heads * tokens and keys are at least {LEAST}"
+    return tuning.powers_of_two(tile, "heads", "keys", "num_warps")
+
+
+TUNED = tuning.read("paged_attention/triton", Tile, ("tokens", "head_dim", "group", "dtype", "kv_dtype"), _refuses_tile)
+
+
+def _tile_of(cut: Cut, q: Array, cache: Array) -> Tile:
+    """The cut's own, or what was tuned, or ``tile_for``."""
+    dtype, group, head_dim = str(q.dtype), q.shape[2], q.shape[3]
+    if cut.tile is not None:
+        return cut.tile
+    shape = {"tokens": cut.tokens, "head_dim": head_dim, "group": group, "dtype": dtype, "kv_dtype": str(cache.dtype)}
+    return TUNED.get(**shape) or tile_for(head_dim, group, dtype, cut.tokens)
 
 
 def padded(head_dim: int) -> int:
@@ -192,7 +211,7 @@ class Plan(NamedTuple):
     works: tuple[Work, ...]
 
 
-def _cuts(tiling: Tiling, shape: Shape) -> tuple[Cut, ...]:
+def cuts(tiling: Tiling, shape: Shape) -> tuple[Cut, ...]:
     return (tiling.decode,) if shape.one_token_each else (tiling.few, tiling.many)
 
 
@@ -200,7 +219,7 @@ def plan(ragged: Ragged, num_tokens: int, shape: Shape, tiling: Tiling) -> Plan:
     starts, ends = ragged.cu_q_lens[:-1], ragged.cu_q_lens[1:]
     q_lens = ends - starts
     sequences = jnp.arange(q_lens.shape[0], dtype=jnp.int32)
-    first, *rest = _cuts(tiling, shape)
+    first, *rest = cuts(tiling, shape)
     tiles = [(sequences, starts, jnp.where(q_lens <= first.tokens, ends, starts))]
     tiles += [_tiles_of_many(starts, jnp.where(q_lens > first.tokens, q_lens, 0), num_tokens, first, c) for c in rest]
     works = tuple(
@@ -315,43 +334,42 @@ def attend(
 ) -> tuple[Array, Array]:
     check_offsets(k_cache)
     outputs: tuple[Array, Array] | None = None
-    for cut, work in zip(_cuts(tiling, shape), plan.works, strict=True):
+    for cut, work in zip(cuts(tiling, shape), plan.works, strict=True):
         static = Static(
             cut,
-            cut.tile or tile_for(q.shape[3], q.shape[2], str(q.dtype), cut.tokens),
+            _tile_of(cut, q, k_cache),
             shape,
             scoring,
             q.shape[1],
             q.shape[2],
             plan.tables.shape[1],
-            _operand_dtype(q.dtype, k_cache.dtype),
+            operand_dtype(q.dtype, k_cache.dtype),
             outputs is not None,
         )
-        outputs = _attend_work(q, (k_cache, v_cache), plan, work, outputs, static, interpret)
+        outputs = attend_work((_rows(q), k_cache, v_cache), plan, work, outputs, static, interpret, _attend_item)
     assert outputs is not None
     attended = plan.attended[:, None]
     out, lse = outputs[0].reshape(q.shape), outputs[1].reshape(q.shape[:-1])
     return jnp.where(attended[..., None, None], out, 0.0), jnp.where(attended[..., None], lse, MASKED)
 
 
-def _operand_dtype(q: jnp.dtype, cache: jnp.dtype) -> jnp.dtype:
+def operand_dtype(q: jnp.dtype, cache: jnp.dtype) -> jnp.dtype:
     """All 8-bit numbers are exact in 16 bits; 16 and 32 bits go up to the wider."""
     return q if cache.itemsize == 1 or cache == q else jnp.dtype(jnp.float32)
 
 
-def _attend_work(
-    q: Array,
-    caches: tuple[Array, Array],
+def attend_work(
+    operands: tuple[Array, ...],
     plan: Plan,
     work: Work,
     outputs: tuple[Array, Array] | None,
     static: Static,
     interpret: bool,
+    attend_item: AttendItem,
 ) -> tuple[Array, Array]:
     """Output [T*K*G, H] and log-sum-exp [T*K*G] of the rows of ``work``; the others are those of ``outputs``, or
-    undefined if it is None."""
-    head_dim = q.shape[-1]
-    num_rows = math.prod(q.shape[:-1])
+    undefined if it is None. ``operands``: q [T*K*G, H], and two more arrays for ``attend_item``."""
+    num_rows, head_dim = operands[0].shape
     out_shape = [
         jax.ShapeDtypeStruct((num_rows, head_dim), jnp.float32),
         jax.ShapeDtypeStruct((num_rows,), jnp.float32),
@@ -360,9 +378,9 @@ def _attend_work(
         num_slots = static.cut.parts + work.merges.row.shape[0]
         num_partial = num_slots * static.cut.tokens * static.kv_heads * static.group
         out_shape += [jax.ShapeDtypeStruct((num_partial, *x.shape[1:]), jnp.float32) for x in out_shape]
-    inputs = (*work.items, plan.tables.reshape(-1), plan.visible, _rows(q), *caches)
+    inputs = (*work.items, plan.tables.reshape(-1), plan.visible, *operands)
     out, lse, *partials = pl.pallas_call(
-        partial(_attend_kernel, static=static),
+        partial(_attend_kernel, static=static, attend_item=attend_item),
         grid=(pl.cdiv(static.group, static.tile.heads), static.kv_heads, work.items.row.shape[0]),
         out_shape=out_shape,
         input_output_aliases={} if outputs is None else {len(inputs): 0, len(inputs) + 1: 1},
@@ -375,7 +393,13 @@ def _attend_work(
     return _merge((out, lse), (partials[0], partials[1]), work.merges, static, interpret)
 
 
-def _attend_kernel(*refs: Any, static: Static) -> None:
+AttendItem = Callable[[Items, Array, Array, tuple[Any, Any], Static], None]
+"""(item, KV head, first query head of its group, (inputs, outputs), static): what one program does. The inputs are
+tables [S*B], visible [T] and the operands; the outputs are output and log-sum-exp, and if an item may be one of several
+of its tile those of partial results."""
+
+
+def _attend_kernel(*refs: Any, static: Static, attend_item: AttendItem) -> None:
     """One item, KV head and ``static.tile.heads`` heads of its group. refs: an item's fields [W]; tables [S*B],
     visible [T], q [T*K*G, H], caches [blocks, K, size, H]; the outputs so far, if any; output [T*K*G, H], log-sum-exp
     [T*K*G], and the same of partial results [slots*tokens*K*G, ...], if any."""
@@ -386,59 +410,91 @@ def _attend_kernel(*refs: Any, static: Static) -> None:
     kv, first_head = pl.program_id(1), pl.program_id(0) * static.tile.heads
 
     @pl.when(item.row < item.row_end)
-    def attend_item() -> None:
-        _attend_item(item, kv, first_head, (inputs, outputs), static)
+    def attend_live_item() -> None:
+        attend_item(item, kv, first_head, (inputs, outputs), static)
+
+
+class Rows(NamedTuple):
+    """Of the products of a program: one per token of its item and head. All [rows]; ``mine``: whether there is such a
+    token and head; ``at``: where q and the output have it; it sees keys from ``begin`` to ``end``."""
+
+    token: Array
+    head: Array
+    mine: Array
+    at: Array
+    begin: Array
+    end: Array
+
+
+def rows_of(item: Items, kv: Array, first_head: Array, visible: Any, static: Static) -> Rows:
+    r = jnp.arange(static.rows, dtype=jnp.int32)
+    token = item.row + jax.lax.div(r, static.tile.heads)
+    head = first_head + jax.lax.rem(r, static.tile.heads)
+    mine = (token < item.row_end) & (head < static.group)
+    at = static.row_of(token, kv, head)
+    end = plt.load(visible.at[token], mask=mine, other=0)
+    return Rows(token, head, mine, at, end - (static.shape.window or 0), jnp.minimum(end, item.high))
+
+
+class Running(NamedTuple):
+    """A softmax over the keys so far: the largest score and the sum of weights relative to it [rows], and V weighted
+    by them [rows, width]."""
+
+    maximum: Array
+    total: Array
+    values: Array
+
+    @classmethod
+    def start(cls, num_rows: int, width: int) -> Running:
+        maximum = jnp.full((num_rows,), MASKED, jnp.float32)
+        return cls(maximum, jnp.zeros((num_rows,), jnp.float32), jnp.zeros((num_rows, width), jnp.float32))
+
+
+def weigh(products: Array, key: Array, rows: Rows, so_far: Running, static: Static) -> tuple[Array, Array, Array]:
+    """Of q.k [rows, keys] and the keys' places [keys]: the new maximum [rows], the weights relative to it [rows, keys],
+    and what becomes of older ones [rows]."""
+    sees = key[None, :] < rows.end[:, None]
+    if static.shape.window is not None:
+        sees &= key[None, :] >= rows.begin[:, None]
+    scores = jnp.where(sees, _scaled(products, static.scoring), -jnp.inf)
+    maximum = jnp.maximum(so_far.maximum, jnp.max(scores, axis=1))
+    keep = jnp.exp2(so_far.maximum - maximum)
+    return maximum, jnp.exp2(scores - maximum[:, None]), keep
+
+
+def store_item(item: Items, kv: Array, rows: Rows, done: Running, outputs: tuple[Any, ...], static: Static) -> None:
+    """To the output, or to the partial results if the item is one of several of its tile."""
+    total = jnp.maximum(done.total, 1e-30)
+    out = done.values * (static.scoring.v_scale / total)[:, None]
+    lse = done.maximum / LOG2_E + jnp.log(total)
+    _store_rows(outputs[:2], rows.at, rows.mine & (item.slot < 0), out, lse)
+    if len(outputs) > 2:
+        token = item.slot * static.cut.tokens + rows.token - item.row
+        _store_rows(outputs[2:], static.row_of(token, kv, rows.head), rows.mine & (item.slot >= 0), out, lse)
 
 
 def _attend_item(item: Items, kv: Array, first_head: Array, refs: tuple[Any, Any], static: Static) -> None:
     (tables, visible, q_ref, k_ref, v_ref), outputs = refs
-    heads, scoring = static.tile.heads, static.scoring
-    r = jnp.arange(static.rows, dtype=jnp.int32)
-    token = item.row + jax.lax.div(r, heads)
-    head = first_head + jax.lax.rem(r, heads)
-    mine = (token < item.row_end) & (head < static.group)
-    row = static.row_of(token, kv, head)
-    end = plt.load(visible.at[token], mask=mine, other=0)
-    begin = end - (static.shape.window or 0)
-    end = jnp.minimum(end, item.high)
-    column, mask = _columns(mine, q_ref.shape[1])
-    q = plt.load(q_ref.at[row[:, None], column], mask=mask, other=0).astype(static.dtype)
+    rows = rows_of(item, kv, first_head, visible, static)
+    column, mask = columns(rows.mine, q_ref.shape[1])
+    q = plt.load(q_ref.at[rows.at[:, None], column], mask=mask, other=0).astype(static.dtype)
     width = column.shape[1]
 
-    def turn(i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        maximum, total, values = so_far
+    def turn(i: Array, so_far: Running) -> Running:
         key = item.low + i * static.tile.keys + jnp.arange(static.tile.keys, dtype=jnp.int32)
         real = key < item.high
-        column, mask = _columns(real, k_ref.shape[3])
+        column, mask = columns(real, k_ref.shape[3])
         place = (*_place_of(key, real, item.sequence, tables, kv, static), column)
         k = _loaded(k_ref, place, mask, static.dtype)
-        scores = _product(q, k.T)
-        sees = key[None, :] < end[:, None]
-        if static.shape.window is not None:
-            sees &= key[None, :] >= begin[:, None]
-        scores = jnp.where(sees, _scaled(scores, scoring), -jnp.inf)
-        new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=1))
-        keep = jnp.exp2(maximum - new_maximum)
-        weights = jnp.exp2(scores - new_maximum[:, None])
+        maximum, weights, keep = weigh(_product(q, k.T), key, rows, so_far, static)
         # Masked to zero and not only weighted by it: what nobody wrote may be NaN.
         v = _loaded(v_ref, place, mask, static.dtype)
-        values = values * keep[:, None] + _product(weights.astype(static.dtype), v)
-        return new_maximum, total * keep + jnp.sum(weights, axis=1), values
+        values = so_far.values * keep[:, None] + _product(weights.astype(static.dtype), v)
+        return Running(maximum, so_far.total * keep + jnp.sum(weights, axis=1), values)
 
-    empty = (
-        jnp.full((static.rows,), MASKED, jnp.float32),
-        jnp.zeros((static.rows,), jnp.float32),
-        jnp.zeros((static.rows, width), jnp.float32),
-    )
     turns = pl.cdiv(item.high - item.low, static.tile.keys)
-    maximum, total, values = jax.lax.fori_loop(0, turns, turn, empty)
-    total = jnp.maximum(total, 1e-30)
-    out = values * (scoring.v_scale / total)[:, None]
-    lse = maximum / LOG2_E + jnp.log(total)
-    _store_rows(outputs[:2], row, mine & (item.slot < 0), out, lse)
-    if len(outputs) > 2:
-        place = item.slot * static.cut.tokens + token - item.row
-        _store_rows(outputs[2:], static.row_of(place, kv, head), mine & (item.slot >= 0), out, lse)
+    done = jax.lax.fori_loop(0, turns, turn, Running.start(static.rows, width))
+    store_item(item, kv, rows, done, outputs, static)
 
 
 def _place_of(key: Array, real: Array, sequence: Array, tables: Any, kv: Array, static: Static) -> tuple[Array, ...]:
@@ -455,7 +511,7 @@ def _loaded(cache: Any, place: tuple[Array, ...], mask: Array, dtype: jnp.dtype)
     return plt.load(cache.at[place], mask=mask, other=0).astype(dtype)
 
 
-def _columns(rows: Array, head_dim: int) -> tuple[Array, Array]:
+def columns(rows: Array, head_dim: int) -> tuple[Array, Array]:
     """Columns [1, width] of rows of ``head_dim`` numbers, and which of them are there of which ``rows``."""
     column = jnp.arange(padded(head_dim), dtype=jnp.int32)[None, :]
     mask = jnp.broadcast_to(rows[:, None], (rows.shape[0], column.shape[1]))
@@ -479,7 +535,7 @@ def _scaled(scores: Array, scoring: Scoring) -> Array:
 def _store_rows(outputs: tuple[Any, ...], row: Array, mask: Array, out: Array, lse: Array) -> None:
     out_ref, lse_ref = outputs
     row = _nowhere_unless(mask, row, out_ref.shape[0])
-    column, in_row = _columns(mask, out_ref.shape[1])
+    column, in_row = columns(mask, out_ref.shape[1])
     plt.store(out_ref.at[row[:, None], column], out, mask=in_row)
     plt.store(lse_ref.at[row], lse, mask=mask)
 
