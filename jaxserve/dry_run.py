@@ -158,7 +158,7 @@ class DryRun:
         found = audit(compiled, self.runner.mesh)
         seconds = time.perf_counter() - start
         budget = Budget.of_step(self.shape, step_of(layout), self.mesh, wide=self.cluster is None)
-        name = self.runner.compiled[-1].program
+        name = self.runner.step_name(layout)
         broken = [] if self.mesh.rules else found.check(budget)
         return Program(name, layout, seconds, found, budget, tuple(broken), launched)
 

@@ -195,9 +195,8 @@ class ModelRunner:
         if stages > 1:
             sharding = NamedSharding(self.mesh, self.rules.spec(("stage", "replica", None)))
             staged = jax.ShapeDtypeStruct((stages, *buffer.shape), jnp.int32, sharding=sharding)
-            kind, traced, batches = "tick", self.traced.tick, (buffer, staged, buffer)
+            traced, batches = self.traced.tick, (buffer, staged, buffer)
         else:
-            kind = "decode" if layout.one_token_each else "step"
             traced = self.traced.several if layout.num_steps > 1 else self.traced.single
             batches = (buffer,)
         shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -210,9 +209,13 @@ class ModelRunner:
             step = jax.jit(traced, static_argnums=static, donate_argnums=1, out_shardings=(*outputs, shardings))
             return step.lower(self.params, state, *batches, wanted, layout)
 
+        return self.compile(self.step_name(layout), key, lower)
+
+    def step_name(self, layout: BatchLayout) -> str:
+        """Of the program for a layout."""
+        kind = "tick" if self.decoder.num_stages > 1 else "decode" if layout.one_token_each else "step"
         times = f", steps={layout.num_steps}" if layout.num_steps > 1 else ""
-        name = f"{kind}[tokens={layout.num_tokens}, seqs={layout.num_seqs}{times}]"
-        return self.compile(name, key, lower)
+        return f"{kind}[tokens={layout.num_tokens}, seqs={layout.num_seqs}{times}]"
 
     def _score_program(self, rows: int, whole: bool) -> Any:
         dp, d = self.mesh.shape["dp"], self.decoder.hidden_size

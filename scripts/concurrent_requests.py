@@ -1,0 +1,394 @@
+"""What do many callers get from one engine, and does each get a fair part? asyncio clients against ``AsyncLLM``.
+
+The same requests run as one offline batch, then from clients: in a closed loop (each asks again when it has its
+answer), and in open loops (arrivals that wait for nobody, Poisson or in bursts). Tokens must be the batch's, whoever
+asks when.
+Fairness is Jain's index over the share of the speed that requests would have had alone, by tenant and by size.
+
+    python scripts/concurrent_requests.py --out report
+    python scripts/concurrent_requests.py --load closed:32 --load poisson:20 --load burst:16@1 --requests 200
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from bench_workload import Machine
+from request_trace import arrival_times
+from tqdm import tqdm
+
+from jaxserve import LLM, AsyncLLM, SamplingParams
+from jaxserve.cli.command import epilog
+from jaxserve.cli.options import EngineFlags
+from jaxserve.cli.output import seconds_text, watched
+from jaxserve.evaluation.clients import Call, Load, alone, closed_loop, fairness, open_loop, speeds
+from jaxserve.evaluation.command import ReportFlags, begin, engine_options, finish, run_script
+from jaxserve.evaluation.engines import mesh_of, mesh_sizes, open_llm, random_prompts, reserve_devices
+from jaxserve.evaluation.plots import Plot, Theme, bars, cumulative, limit_line
+from jaxserve.evaluation.result import Check, Figure, Result, Table
+
+QUESTION = "What do concurrent callers get, and does each get a fair part?"
+SIZES = {"short": (8, 8), "medium": (32, 16), "long": (96, 32)}
+"""Tokens of prompt and answer."""
+LOADS = ("closed:8", "poisson:70%")
+OFFLINE = "offline batch"
+TIE_NATS = 0.25
+"""In 16 bits, other batch shapes round otherwise, and what is closer than this may be chosen either way: the demo
+model's log-probabilities in bfloat16 are off by up to 0.2 nats (scripts/verify.py). In float32 nothing may differ."""
+TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An answer that is not the batch's, from a token on."""
+
+    load: str
+    call: int
+    position: int
+    """Of the first token that differs, in the answer."""
+    margin: float
+    """Nats between the two tokens, asked again; infinite where one is not among the likeliest."""
+    allowed: float
+
+    @property
+    def is_tie(self) -> bool:
+        return self.margin <= self.allowed
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that ran: per kind of load the runs, the seconds of each offline batch, and of calls alone."""
+
+    calls: list[Call]
+    tokens: list[list[int]]
+    """Of the offline batch."""
+    offline: list[float]
+    alone: dict[str, float]
+    loads: dict[str, list[Load]]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.tokens))
+
+    differences: list[Difference]
+
+    @property
+    def wrong(self) -> list[Difference]:
+        """Those that no tie explains."""
+        return [d for d in self.differences if not d.is_tie]
+
+    def shares(self, name: str) -> dict[str, dict[str, float]]:
+        """By tenant and by size."""
+        loads = self.loads[name]
+        by_size = speeds(loads, self.calls, self.alone, lambda call: call.size)
+        return {
+            "tenants": speeds(loads, self.calls, self.alone, lambda call: call.tenant),
+            "sizes": {size: by_size[size] for size in SIZES if size in by_size},
+        }
+
+
+@epilog(
+    "python scripts/concurrent_requests.py",
+    "python scripts/concurrent_requests.py --load closed:16 --load burst:8@0.5 --tenants 4 -tp 2",
+)
+def concurrent_requests(
+    engine: EngineFlags,
+    report: ReportFlags,
+    load: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help="closed:CLIENTS, poisson:RATE, burst:N@PERIOD or uniform:RATE; RATE per second, or N% of the offline "
+            "batch's. May be repeated; none = closed:8 and poisson:70%.",
+        ),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="In each run: a third each short, medium and long.")] = 36,
+    tenants: Annotated[int, typer.Option(min=1, help="Who ask in turn.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each load.")] = 3,
+    least_fairness: Annotated[float, typer.Option(help="Of Jain's index over tenants; less fails.")] = 0.9,
+) -> None:
+    """Latency, throughput and fairness of concurrent requests, beside one offline batch of the same.
+
+    Exit code 1 if a request's tokens are not those of the batch, or tenants are not served alike.
+    """
+    options = engine_options(engine, max_num_seqs=16, max_num_batched_tokens=128) | {"skip_tokenizer_init": True}
+    mesh = mesh_of(options)
+    reserve_devices(mesh.num_devices)
+    result = begin("concurrent_requests", QUESTION, options, engine.seed, mesh_sizes(mesh))
+    kinds = list(dict.fromkeys(load or LOADS))
+    for kind in kinds:
+        _times(kind, 1.0, 1, 1, engine.seed)  # says what is wrong before anything is loaded
+    llm, machine = open_llm(options).llm, Machine()
+    calls = _calls(llm, requests, tenants, engine.seed)
+    found = _measure(llm, calls, kinds, repeats, engine.seed)
+    _fill(result, found, least_fairness)
+    result.samples = {
+        "other_cores": machine.other_cores(),
+        "alone_seconds": found.alone,
+        "differences": [asdict(d) for d in found.differences],
+        "loads": {name: [run.to_json() for run in runs] for name, runs in found.loads.items()},
+    }
+    finish(result, _plots(found, result, least_fairness), report)
+
+
+def _calls(llm: LLM, count: int, tenants: int, seed: int) -> list[Call]:
+    """Sizes and tenants in an order drawn once; every tenant asks for the same mix."""
+    limit = llm.engine.scheduler.config.max_model_len
+    longest = max(sum(lengths) for lengths in SIZES.values())
+    if longest > limit:
+        raise ValueError(f"requests are up to {longest} tokens, the longest sequence is {limit}")
+    sizes = [list(SIZES)[i // tenants % len(SIZES)] for i in range(count)]
+    order = np.random.default_rng([seed, 1]).permutation(count)
+    prompts = random_prompts(llm.engine.runner.decoder.vocab_size, [SIZES[s][0] for s in sizes], seed)
+    return [Call(prompts[i], SIZES[sizes[i]][1], f"tenant {i % tenants}", sizes[i]) for i in order]
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def _measure(llm: LLM, calls: list[Call], kinds: Sequence[str], repeats: int, seed: int) -> Measured:
+    batches = [_offline(llm, calls) for _ in range(1 + repeats)][1:]  # the first one warms up
+    rate = len(calls) / float(np.median([seconds for seconds, _ in batches]))
+    times = {kind: _times(kind, rate, len(calls), repeats, seed) for kind in kinds}
+    measured = Measured(calls, batches[0][1], [seconds for seconds, _ in batches], {}, {kind: [] for kind in kinds}, [])
+
+    async def run() -> None:
+        async with AsyncLLM.from_engine(llm.engine) as clients:
+            for size in SIZES:
+                call = next((c for c in calls if c.size == size), None)
+                if call is not None:
+                    measured.alone[size] = await alone(clients, call, 3)
+            with tqdm(total=len(kinds) * repeats * len(calls), desc="requests", disable=not watched()) as bar:
+                for kind in kinds:
+                    for i in range(repeats):
+                        await clients.reset_prefix_cache()
+                        arrivals = times[kind]
+                        measured.loads[kind].append(
+                            await closed_loop(clients, calls, _num_clients(kind), bar.update)
+                            if arrivals is None
+                            else await open_loop(clients, calls, arrivals[i].tolist(), bar.update)
+                        )
+
+    asyncio.run(run())
+    measured.differences.extend(_differences(llm, measured))
+    return measured
+
+
+def _differences(llm: LLM, found: Measured) -> list[Difference]:
+    allowed = TIE_NATS if llm.engine.runner.params[0].dtype.itemsize < 4 else 0.0
+    differences = []
+    for name, loads in found.loads.items():
+        for answer in (a for load in loads for a in load.answers):
+            batch = found.tokens[answer.call]
+            if answer.tokens != batch:
+                pairs = enumerate(zip(answer.tokens, batch, strict=False))
+                at = next((i for i, (a, b) in pairs if a != b), min(len(answer.tokens), len(batch)))
+                margin = math.inf
+                if at < min(len(answer.tokens), len(batch)):
+                    before = [*found.calls[answer.call].prompt, *batch[:at]]
+                    margin = _margin(llm, before, answer.tokens[at], batch[at])
+                differences.append(Difference(name, answer.call, at, margin, allowed))
+    return differences
+
+
+def _margin(llm: LLM, before: list[int], a: int, b: int) -> float:
+    """Nats between two tokens as the next one."""
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=TOP_LOGPROBS, ignore_eos=True, detokenize=False)
+    (entry,) = llm.generate([before], params, use_tqdm=False)[0].outputs[0].logprobs or [{}]
+    return abs(entry[a].logprob - entry[b].logprob) if {a, b} <= set(entry) else math.inf
+
+
+def _offline(llm: LLM, calls: Sequence[Call]) -> tuple[float, list[list[int]]]:
+    llm.reset_prefix_cache()
+    start = time.perf_counter()
+    outputs = llm.generate(
+        [c.prompt for c in calls], [c.params for c in calls], tenant=[c.tenant for c in calls], use_tqdm=False
+    )
+    return time.perf_counter() - start, [o.outputs[0].token_ids for o in outputs]
+
+
+def _num_clients(kind: str) -> int:
+    count = kind.removeprefix("closed:")
+    if not count.isdigit() or int(count) < 1:
+        raise ValueError(f"--load {kind}: it is closed:CLIENTS, at least one")
+    return int(count)
+
+
+def _times(kind: str, rate: float, count: int, repeats: int, seed: int) -> list[np.ndarray] | None:
+    """Of each run's arrivals; None for a closed loop. ``rate``: of the offline batch."""
+    if kind.startswith("closed"):
+        _num_clients(kind)
+        return None
+    name, _, text = kind.partition(":")
+    if text.endswith("%"):
+        share = text[:-1]
+        if not share.replace(".", "", 1).isdigit():
+            raise ValueError(f"--load {kind}: it is a share like {name}:70%")
+        text = f"{rate * float(share) / 100:.6f}"
+    try:
+        draw = arrival_times(f"{name}:{text}")
+    except ValueError:
+        kinds = "closed:CLIENTS, poisson:RATE, uniform:RATE (per second or like 70%), burst:N@PERIOD"
+        raise ValueError(f"--load {kind}: it is one of {kinds}") from None
+    return [draw(np.random.default_rng([seed, 2, i]), count) for i in range(repeats)]
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def _fill(result: Result, found: Measured, least: float) -> None:
+    total, several = found.num_tokens, result.simulated
+    offline = [[total / seconds] for seconds in found.offline]
+    how = f"output tokens over wall clock, {len(found.calls)} requests at once; median of {len(offline)} runs"
+    result.figures.append(
+        Figure.of(f"{OFFLINE}: throughput", offline, "median", "tok/s", how, better="higher", simulated=several)
+    )
+    for name, loads in found.loads.items():
+        result.figures += _load_figures(name, loads, total, several)
+        for what, shares in found.shares(name).items():
+            note = f"Jain's index over {len(shares)} {what} of the mean share of the speed that they would have alone"
+            result.figures.append(Figure(_fair(name, what), fairness(shares), "", note, better="higher"))
+        result.checks.append(_fair_check(name, found.shares(name)["tenants"], least))
+    result.checks.insert(0, _token_check(found))
+    result.tables.append(_table(found))
+
+
+def _token_check(found: Measured) -> Check:
+    wrong, ties = found.wrong, len(found.differences) - len(found.wrong)
+    compared = sum(len(load.answers) for loads in found.loads.values() for load in loads)
+    detail = f"{len(wrong)} of {compared} answers differ"
+    if wrong:
+        first = wrong[0]
+        detail += f", first {first.load}, call {first.call}, token {first.position} by {first.margin:.2g} nats"
+    if ties:
+        detail += f"; {ties} more from a token on where two are within {TIE_NATS:g} nats"
+    names = tuple(sorted({_throughput(d.load) for d in wrong}))
+    return Check("tokens are those of the offline batch", not wrong, detail, names)
+
+
+def _fair(load: str, what: str) -> str:
+    return f"{load}: fairness over {what}"
+
+
+def _throughput(load: str) -> str:
+    return f"{load}: throughput"
+
+
+def _fair_check(name: str, shares: dict[str, float], least: float) -> Check:
+    index = fairness(shares)
+    worst = min(shares, key=lambda tenant: shares[tenant])
+    detail = f"Jain's index {index:.3f}, at least {least:g} wanted; {worst} has {shares[worst]:.0%} of its own speed"
+    return Check(f"{name}: tenants are served alike", index >= least, detail, (_fair(name, "tenants"),))
+
+
+def _load_figures(name: str, loads: Sequence[Load], total: int, simulated: bool) -> list[Figure]:
+    answers = [a for load in loads for a in load.answers]
+    kinds = {
+        "first token": ([[a.first] for a in answers], "from when a request was due to its first token"),
+        "between tokens": ([a.gaps for a in answers if a.gaps], "from token to token; tokens that come at once: 0"),
+        "whole answer": ([[a.whole] for a in answers], "from when a request was due to its last token"),
+    }
+    rate = [[total / load.seconds] for load in loads]
+    how = f"output tokens from the first call to the last token; median of {len(loads)} runs"
+    figures = [Figure.of(_throughput(name), rate, "median", "tok/s", how, better="higher", simulated=simulated)]
+    for kind, (groups, what) in kinds.items():
+        for of in ("median", "p90", "p99"):
+            note = f"{what}, as its client saw it; {len(answers)} requests of {len(loads)} runs"
+            figures.append(
+                Figure.of(f"{name}: {kind}, {of}", groups, of, "s", note, better="lower", simulated=simulated)
+            )
+    return figures
+
+
+def _table(found: Measured) -> Table:
+    rows: list[Sequence[str]] = [
+        (OFFLINE, f"{found.num_tokens / float(np.median(found.offline)):,.0f} tok/s", "", "", "", "", "")
+    ]
+    for name, loads in found.loads.items():
+        answers = [a for load in loads for a in load.answers]
+        kinds = ([a.first for a in answers], [g for a in answers for g in a.gaps], [a.whole for a in answers])
+        seen = [" / ".join(seconds_text(float(np.percentile(v, p))) for p in (50, 99)) for v in kinds]
+        rate = found.num_tokens / float(np.median([load.seconds for load in loads]))
+        indices = [f"{fairness(shares):.3f}" for shares in found.shares(name).values()]
+        rows.append((name, f"{rate:,.0f} tok/s", *seen, *indices))
+    header = ("load", "output", "first token p50 / p99", "between p50 / p99", "answer p50 / p99", "tenants", "sizes")
+    return Table("Loads", header, rows)
+
+
+# -- plots -------------------------------------------------------------------------------------------------------------
+
+
+def _plots(found: Measured, result: Result, least: float) -> list[Plot]:
+    simulated = " (simulated)" if result.simulated else ""
+    names = list(found.loads)
+
+    def draw_latency(axes: Sequence[Any], theme: Theme) -> None:
+        answers = {name: [a for load in loads for a in load.answers] for name, loads in found.loads.items()}
+        panels = (
+            ("first token", {n: np.array([a.first for a in of]) for n, of in answers.items()}),
+            ("between tokens", {n: np.array([g for a in of for g in a.gaps if g > 0]) for n, of in answers.items()}),
+            ("whole answer", {n: np.array([a.whole for a in of]) for n, of in answers.items()}),
+        )
+        for panel, (kind, series) in zip(axes, panels, strict=True):
+            cumulative(panel, theme, {n: 1e3 * v for n, v in series.items() if len(v)}, "milliseconds")
+            panel.set_title(kind)
+        axes[0].set_ylabel("share")
+
+    def draw_throughput(axes: Sequence[Any], theme: Theme) -> None:
+        (panel,) = axes
+        rates = [found.offline, *([load.seconds for load in found.loads[name]] for name in names)]
+        values = [found.num_tokens / float(np.median(seconds)) for seconds in rates]
+        wrong = {1 + names.index(name) for name in {d.load for d in found.wrong}}
+        bars(panel, theme, [OFFLINE, *names], {"output": values}, lambda _, i: i in wrong)
+        panel.set(ylabel="output tokens per second")
+
+    def draw_fairness(axes: Sequence[Any], theme: Theme) -> None:
+        for panel, what in zip(axes, ("tenants", "sizes"), strict=True):
+            shares = [found.shares(name)[what] for name in names]
+            groups = {key: [s[key] for s in shares] for key in shares[0]}
+            unfair = {i for i, s in enumerate(shares) if what == "tenants" and fairness(s) < least}
+            bars(panel, theme, names, groups, lambda _, i, unfair=unfair: i in unfair)
+            limit_line(panel, theme, 1.0, "as if alone")
+            panel.set_ylim(top=max(1.1, panel.get_ylim()[1]))
+            panel.set_title(f"by {what}: " + ", ".join(f"{fairness(s):.2f}" for s in shares))
+        axes[0].set_ylabel("share of the speed alone")
+
+    return [
+        Plot(
+            "latency",
+            "Latency" + simulated,
+            "Share of all requests (or gaps between tokens) that took at most so long, as the clients saw it. Tokens "
+            "that came together have no gap and are left out.",
+            draw_latency,
+            panels=3,
+        ),
+        Plot(
+            "throughput",
+            "Throughput" + simulated,
+            "Median over the runs. An open loop is as fast as its arrivals; red where tokens differ from the batch's.",
+            draw_throughput,
+        ),
+        Plot(
+            "fairness",
+            "Fairness",
+            "Mean share of the speed that requests would have had alone (dashed: all of it), with Jain's index for "
+            f"each load above. Red where the index over tenants is under {least:g}.",
+            draw_fairness,
+            panels=2,
+        ),
+    ]
+
+
+def main() -> None:
+    run_script(concurrent_requests)
+
+
+if __name__ == "__main__":
+    main()
