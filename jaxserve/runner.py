@@ -31,6 +31,8 @@ from sharding import ShardingRules
 SCORE_ROWS = (8, 64)
 """Numbers of rows that log-probabilities are computed for at once."""
 COMPILE_THREADS = min(8, os.cpu_count() or 1)
+"""Of programs for GPUs. XLA:CPU is given one at a time: it uses all cores for it, and crashes where one program is
+written to the compilation cache while another is compiled."""
 TOP_LOGPROBS = 20
 """Most likely tokens that come back with log-probabilities; more are taken from the whole vocabulary's."""
 
@@ -287,11 +289,12 @@ class ModelRunner:
         progress: Callable[[Iterable[Any]], Iterable[Any]],
         swaps: bool = False,
     ) -> None:
-        """Allocate the caches and compile every program that a request can need, several at once; ``swaps``: also
-        those that move blocks to host memory and back."""
+        """Allocate the caches and compile every program that a request can need, on a GPU several at once; ``swaps``:
+        also those that move blocks to host memory and back."""
         self.num_blocks = num_blocks
         self.state = allocate(self.abstract_state(num_blocks))
-        with ThreadPoolExecutor(COMPILE_THREADS) as threads:  # XLA lets go of Python while it compiles
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        with ThreadPoolExecutor(1 if on_cpu else COMPILE_THREADS) as threads:  # XLA lets go of Python while it compiles
             steps = [threads.submit(self.step_program, layout, num_blocks) for layout in self.config.layouts]
             scores = [threads.submit(self._score_program, r, whole) for r in SCORE_ROWS for whole in (False, True)]
             for program in progress([*steps, *scores]):
