@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from jaxserve import LLM
 REPOSITORY = Path(__file__).parent.parent
 GIB = 1 << 30
 NUM_DEVICES = 8
+MOST_MAPS = 25_000
+"""Of memory, with which a process goes on to the next file as it is."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,10 +56,36 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def make_llm() -> Iterator[Callable[..., LLM]]:
+def made() -> Iterator[dict[Any, LLM]]:
+    """Engines, by what they were made of."""
+    llms: dict[Any, LLM] = {}
+    yield llms
+    forget(llms)
+
+
+def forget(llms: dict[Any, LLM]) -> None:
+    for llm in llms.values():
+        assert not llm.engine.has_unfinished
+        llm.engine.scheduler.check_integrity()
+    llms.clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs(made: dict[Any, LLM]) -> Iterator[None]:
+    """Every program that XLA:CPU compiles maps memory several times, and Linux allows a process 65,530 maps: beyond
+    that, compiling crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        forget(made)
+        jax.clear_caches()
+        gc.collect()
+
+
+@pytest.fixture(scope="session")
+def make_llm(made: dict[Any, LLM]) -> Callable[..., LLM]:
     """(model directory, **options besides those of SMALL) -> LLM; the same one for the same arguments, because
     compiling takes seconds."""
-    made: dict[Any, LLM] = {}
 
     def make(directory: Path, **options: Any) -> LLM:
         key = (directory, tuple(sorted(options.items())))
@@ -65,10 +94,7 @@ def make_llm() -> Iterator[Callable[..., LLM]]:
             made[key] = LLM(directory, use_tqdm_on_load=False, skip_tokenizer_init=no_tokenizer, **(SMALL | options))
         return made[key]
 
-    yield make
-    for llm in made.values():
-        assert not llm.engine.has_unfinished
-        llm.engine.scheduler.check_integrity()
+    return make
 
 
 @pytest.fixture(scope="session")
