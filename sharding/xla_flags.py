@@ -10,16 +10,12 @@ from typing import Any
 
 from sharding.mesh import MeshConfig, Pairs, flags_for
 
-GPU_FLAGS: Pairs = (
-    (
-        "0.11",
-        (
-            # The step is one CUDA graph. Left to itself XLA begins a new one at each collective, loop and condition.
-            "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,"
-            "COLLECTIVES,CONDITIONAL,WHILE",
-        ),
-    ),
+ONE_GRAPH = (
+    "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,COLLECTIVES,"
+    "CONDITIONAL,WHILE"
 )
+"""The step is one CUDA graph. Left to itself XLA begins a new one at each collective, loop and condition."""
+GPU_FLAGS: Pairs = (("0.11", (ONE_GRAPH,)), ("0.12", (ONE_GRAPH,)))
 """By version of jax, as in a mesh file: a flag that a compiler does not know is an error."""
 
 

@@ -145,6 +145,10 @@ def product(x: Array, weights: Weights, plan: Plan, tiles: Tiles | None = None, 
 def refuses(setting: Setting) -> str | None:
     if setting.platform != "gpu" or setting.capability is None or setting.capability[0] != 9:
         return "it is for Hopper GPUs, the ones with wgmma"
+    if jax.__version_info__ >= (0, 12):
+        return (
+            "from jax 0.12 on Mosaic finds no way to store its results without bank conflicts, and does not compile it"
+        )
     return refuses_arrays(setting)
 
 

@@ -333,6 +333,12 @@ def test_spills_would_be_noticed() -> None:
 def test_mosaic_compiles_without_spills(
     gpu: str, case: Case, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    if jax.__version_info__ >= (0, 12):
+        reason = mosaic.refuses(case.setting._replace(platform="gpu", capability=(9, 0)))
+        assert reason is not None and "jax 0.12" in reason
+        with pytest.raises(Exception, match="bank conflicts"):
+            compiled(mosaic.IMPLEMENTATION, gpu, case)
+        return
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     assert "grouped_matmul" in compiled(mosaic.IMPLEMENTATION, gpu, case)
     said = "".join(capfd.readouterr())

@@ -248,7 +248,7 @@ class Target(NamedTuple):
 H200 = Target("h200", "bfloat16", "bfloat16", 128)
 TARGETS = [
     Target("h200", "bfloat16", "bfloat16", 128, num_blocks=1 << 21),  # offsets of 64 bits
-    Target("h200", "bfloat16", "float8_e4m3fn", 128, group=8),
+    Target("h200", "bfloat16", "float8_e4m3fn", 128, group=8, spills=jax.__version_info__ >= (0, 12)),
     Target("h200", "bfloat16", "bfloat16", 256),
     Target("h100", "float16", "float16", 64, group=1),
     Target("h100", "bfloat16", "int8", 192),
