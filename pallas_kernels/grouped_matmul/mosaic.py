@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import tuning
+from pallas_kernels import mosaic_version, tuning
 from pallas_kernels.grouped_matmul import GroupedMatmul, Setting, Weights
 from pallas_kernels.grouped_matmul.triton import Plan, plan_tiles
 from pallas_kernels.triton_tiles import place, power_of_two
@@ -145,11 +145,7 @@ def product(x: Array, weights: Weights, plan: Plan, tiles: Tiles | None = None, 
 def refuses(setting: Setting) -> str | None:
     if setting.platform != "gpu" or setting.capability is None or setting.capability[0] != 9:
         return "it is for Hopper GPUs, the ones with wgmma"
-    if jax.__version_info__ >= (0, 12):
-        return (
-            "from jax 0.12 on Mosaic finds no way to store its results without bank conflicts, and does not compile it"
-        )
-    return refuses_arrays(setting)
+    return refuses_arrays(setting) or mosaic_version.refusal()
 
 
 def refuses_arrays(setting: Setting) -> str | None:

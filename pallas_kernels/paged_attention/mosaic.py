@@ -24,7 +24,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import tuning
+from pallas_kernels import mosaic_version, tuning
 from pallas_kernels.kv_write import triton as kv_write
 from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Setting, Shape
 from pallas_kernels.paged_attention.reference import cache_shapes
@@ -759,7 +759,7 @@ def refuses(setting: Setting) -> str | None:
         return f"at most {ROWS} query heads may share a KV head"
     if setting.block_size not in BLOCK_SIZES and setting.block_size % ALIGNMENT:
         return f"block_size must be {', '.join(map(str, BLOCK_SIZES))} or a multiple of {ALIGNMENT}"
-    return None
+    return mosaic_version.refusal()
 
 
 def make(config: Config) -> PagedAttention:
