@@ -107,7 +107,7 @@ def test_tensor_parallel(call: Call, flags: list[str | Path], tmp_path: Path, mo
     assert (code, err) == (0, "")
     result, _ = written(tmp_path)
     figures = {f["name"]: f for f in result["figures"]}
-    assert figures["tp=2: collectives per layer, decode step of 4 tokens"]["value"] == 2
+    assert figures["tp=2: collectives per layer, decode[tokens=4, seqs=4]"]["value"] == 2
     assert figures["tp=2: load time"]["simulated"] and not figures["tp=1: load time"]["simulated"]
     assert figures["tp=2: answers equal to one rank's"]["value"] == 5
     held = result["samples"]["tp=2"]["weights"]
@@ -170,7 +170,9 @@ def test_loads_are_checked_before_anything_is_loaded(call: Call, flags: list[str
     assert code == 2 and len(err.splitlines()) == 1 and err.startswith(f"error: --load {load}: it is")
 
 
-def test_compare_runs(call: Call, tmp_path: Path) -> None:
+def test_compare_runs(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+
     def run(name: str, seconds: list[float], script: str = "x") -> Path:
         result = Result(script, "?", {}, 0, None, {"cores": len(name)})
         how = "by hand"
