@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 FIND_PYTHON := for p in $$JAXSERVE_PYTHON python3.12 python3.13 python3.14 python3 python; do \
 	  "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test test-all check bench clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -28,8 +28,11 @@ demo: $(VENV)/.runtime  ## Answer several prompts at once with the built-in mode
 	@$(PY) -m jaxserve generate --model demo --max-tokens 48 --temperature 0 --stop Q: --prompts-file scripts/demo_prompts.jsonl
 
 test: $(VENV)/.dev  ## Run the tests
-	@$(PY) -m pytest -n 2 --ignore tests/test_processes.py
+	@$(PY) -m pytest -n 2 -m "not slow" --ignore tests/test_processes.py
 	@$(PY) -m pytest tests/test_processes.py  # starts ten processes of its own
+
+test-all: $(VENV)/.dev  ## Also those that are slow: kernels that no model uses yet, more interpreted cases, benchmark scripts
+	@$(PY) -m pytest -n 2
 
 check: $(VENV)/.dev  ## Lint, types, and the import contracts
 	@$(VENV)/bin/ruff check .

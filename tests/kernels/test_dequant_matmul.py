@@ -31,6 +31,8 @@ from sharding import aot, build_mesh
 from sharding.hardware import Cluster
 from sharding.mesh import MeshConfig
 
+pytestmark = pytest.mark.slow
+
 TRITON = triton.INTERPRETED if INTERPRET else triton.IMPLEMENTATION
 IMPLEMENTATIONS = {implementation.name: implementation for implementation in (reference.IMPLEMENTATION, TRITON)}
 

@@ -27,6 +27,8 @@ from sharding.audit import Audit, audit
 from sharding.hardware import Cluster
 from sharding.mesh import MeshConfig
 
+pytestmark = pytest.mark.slow
+
 TRITON = triton.INTERPRETED if INTERPRET else triton.IMPLEMENTATION
 GPU_TILES = triton.implementation("tiles of GPUs", TRITON.refuses, interpret=INTERPRET)
 IMPLEMENTATIONS = {impl.name: impl for impl in (reference.IMPLEMENTATION, TRITON)}

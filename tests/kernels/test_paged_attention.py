@@ -229,8 +229,15 @@ def solve(name: str, case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarr
     return np.asarray(out), np.asarray(lse)
 
 
+INTERPRETED = ("groups of 7", "window", "softcap and window", "fp8 cache", "int8 cache", "decode many", "decode window")
+"""Cases that are always run by an interpreter, which compiles slowly; the others are of ``make test-all``."""
 RUNS = [
-    pytest.param(name, case, id=f"{name}-{label}")
+    pytest.param(
+        name,
+        case,
+        id=f"{name}-{label}",
+        marks=pytest.mark.slow if name.endswith("interpreted") and label not in INTERPRETED else (),
+    )
     for name, implementation in PAGED_ATTENTION.items()
     for label, case in CASES.items()
     if implementation.refuses(case.setting) is None

@@ -29,6 +29,8 @@ from sharding.cost_model import Group, Step
 from sharding.hardware import Cluster
 from sharding.mesh import MeshConfig
 
+pytestmark = pytest.mark.slow
+
 LIMITS = Limits(bandwidth=4e12, flops=8e14)
 
 
