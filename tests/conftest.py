@@ -56,7 +56,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def made() -> Iterator[dict[Any, LLM]]:
+def shared_llms() -> Iterator[dict[Any, LLM]]:
     """Engines, by what they were made of."""
     llms: dict[Any, LLM] = {}
     yield llms
@@ -71,28 +71,30 @@ def forget(llms: dict[Any, LLM]) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_programs(made: dict[Any, LLM]) -> Iterator[None]:
+def few_programs(shared_llms: dict[Any, LLM]) -> Iterator[None]:
     """Every program that XLA:CPU compiles maps memory several times, and Linux allows a process 65,530 maps: beyond
     that, compiling crashes."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
-        forget(made)
+        forget(shared_llms)
         jax.clear_caches()
         gc.collect()
 
 
 @pytest.fixture(scope="session")
-def make_llm(made: dict[Any, LLM]) -> Callable[..., LLM]:
+def make_llm(shared_llms: dict[Any, LLM]) -> Callable[..., LLM]:
     """(model directory, **options besides those of SMALL) -> LLM; the same one for the same arguments, because
     compiling takes seconds."""
 
     def make(directory: Path, **options: Any) -> LLM:
         key = (directory, tuple(sorted(options.items())))
-        if key not in made:
+        if key not in shared_llms:
             no_tokenizer = not (directory / "tokenizer.json").exists()
-            made[key] = LLM(directory, use_tqdm_on_load=False, skip_tokenizer_init=no_tokenizer, **(SMALL | options))
-        return made[key]
+            shared_llms[key] = LLM(
+                directory, use_tqdm_on_load=False, skip_tokenizer_init=no_tokenizer, **(SMALL | options)
+            )
+        return shared_llms[key]
 
     return make
 
