@@ -1,6 +1,6 @@
 """``python -m jaxserve`` is ``jaxserve``."""
 
-from jaxserve.cli import main
+from jaxserve.commands import main
 
 if __name__ == "__main__":
     main()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from bench_kernels import print_rows
 
-from jaxserve.cli.command import add_command, epilog
+from jaxserve.cli.command import epilog, run_script
 from jaxserve.cli.output import jsonable, progress, seconds_text, watched
 
 if TYPE_CHECKING:
@@ -336,18 +335,9 @@ def _start(small: bool, skipped: str | None) -> tuple[dict[str, Any], Limits | N
     return found, limits
 
 
-app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
-add_command(app, bench_gpu)
-
-
-def main() -> int:
-    """Exit code 2 for what the user can mend, said in one line."""
-    try:
-        return int(app(standalone_mode=False) or 0)
-    except typer.TyperException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        return 2
+def main() -> None:
+    run_script(bench_gpu)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

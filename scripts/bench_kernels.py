@@ -9,7 +9,6 @@ how times are taken.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxserve.cli.command import add_command, epilog, one_line
+from jaxserve.cli.command import epilog, one_line, run_script
 from jaxserve.cli.output import bytes_text, jsonable, progress, seconds_text
 
 if TYPE_CHECKING:
@@ -253,18 +252,9 @@ def _need_matplotlib() -> None:
         raise ValueError("--plot needs matplotlib: pip install 'jaxserve[plots]'") from None
 
 
-app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
-add_command(app, bench_kernels)
-
-
-def main() -> int:
-    """Exit code 2 for what the user can mend, said in one line."""
-    try:
-        return int(app(standalone_mode=False) or 0)
-    except typer.TyperException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        return 2
+def main() -> None:
+    run_script(bench_kernels)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -25,11 +25,11 @@ from request_trace import arrival_times
 from tqdm import tqdm
 
 from jaxserve import LLM, AsyncLLM, SamplingParams
-from jaxserve.cli.command import epilog
+from jaxserve.cli.command import epilog, run_script
 from jaxserve.cli.options import EngineFlags
 from jaxserve.cli.output import seconds_text, watched
 from jaxserve.evaluation.clients import Call, Load, alone, closed_loop, fairness, open_loop, speeds
-from jaxserve.evaluation.command import ReportFlags, begin, engine_options, finish, run_script
+from jaxserve.evaluation.command import ReportFlags, begin, engine_options, finish
 from jaxserve.evaluation.engines import mesh_of, mesh_sizes, open_llm, random_prompts, reserve_devices
 from jaxserve.evaluation.plots import Plot, Theme, bars, cumulative, limit_line
 from jaxserve.evaluation.result import Check, Figure, Result, Table

@@ -9,7 +9,6 @@ discusses what comes out.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from jaxserve.cli.command import add_command, epilog
+from jaxserve.cli.command import epilog, run_script
 from jaxserve.cli.options import Json
 from jaxserve.cli.output import bytes_text, print_json, print_table, progress
 from sharding.hlo import Instruction, Module, arrays, bytes_of
@@ -405,18 +404,9 @@ def _plain(program: dict[str, Any]) -> dict[str, Any]:
     return program | {"kernels": [asdict(kernel) for kernel in program["kernels"]]}
 
 
-app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
-add_command(app, show_fusions)
-
-
-def main() -> int:
-    """Exit code 2 for what the user can mend, said in one line."""
-    try:
-        return int(app(standalone_mode=False) or 0)
-    except typer.TyperException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        return 2
+def main() -> None:
+    run_script(show_fusions)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -18,11 +18,11 @@ from typing import Annotated, Any
 import typer
 
 from jaxserve import SamplingParams
-from jaxserve.cli.command import epilog
+from jaxserve.cli.command import epilog, run_script
 from jaxserve.cli.options import EngineFlags
 from jaxserve.cli.output import bytes_text, progress, seconds_text
 from jaxserve.dry_run import Program
-from jaxserve.evaluation.command import ReportFlags, begin, engine_options, finish, run_script
+from jaxserve.evaluation.command import ReportFlags, begin, engine_options, finish
 from jaxserve.evaluation.engines import (
     audit_steps,
     kv_bytes,

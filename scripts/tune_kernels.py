@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxserve.cli.command import add_command, epilog, one_line
+from jaxserve.cli.command import epilog, one_line, run_script
 from jaxserve.cli.output import progress, seconds_text
 
 TOLERANCE = 0.02
@@ -273,18 +273,9 @@ def _list(chosen: Sequence[Subject]) -> None:
     print(f"{total} candidates of {len(chosen)} shapes")
 
 
-app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
-add_command(app, tune_kernels)
-
-
-def main() -> int:
-    """Exit code 2 for what the user can mend, and where there is no GPU, said in one line."""
-    try:
-        return int(app(standalone_mode=False) or 0)
-    except typer.TyperException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        return 2
+def main() -> None:
+    run_script(tune_kernels)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 
-from jaxserve.cli.command import epilog
-from jaxserve.cli.generate import read_prompts
+from jaxserve.cli.command import epilog, run_script
 from jaxserve.cli.options import EngineFlags
 from jaxserve.cli.output import progress
+from jaxserve.commands.generate import read_prompts
 from jaxserve.evaluation.agreement import (
     Choice,
     LayerErrors,
@@ -33,7 +33,7 @@ from jaxserve.evaluation.agreement import (
     sequence_of,
     serve,
 )
-from jaxserve.evaluation.command import ReportFlags, begin, engine_options, finish, run_script
+from jaxserve.evaluation.command import ReportFlags, begin, engine_options, finish
 from jaxserve.evaluation.engines import mesh_of, mesh_sizes, open_llm, random_prompts, reserve_devices
 from jaxserve.evaluation.plots import Plot, Theme, limit_line
 from jaxserve.evaluation.reference import PlainModel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -62,6 +63,27 @@ def add_command(app: typer.Typer, function: Callable[..., None]) -> None:
     name = function.__name__.replace("_", "-")
     help_text = inspect.getdoc(function)
     app.command(name, help=help_text, epilog=function.__dict__.get("epilog"))(command)
+
+
+def run(app: typer.Typer) -> NoReturn:
+    """Run the command line: one line on stderr and exit code 2 for a wrong one, 130 after Ctrl-C."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        typer.echo(f"error: {error.format_message()}{hint}", err=True)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def run_script(function: Callable[..., None]) -> NoReturn:
+    """Run a script's only command."""
+    app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
+    add_command(app, function)
+    run(app)
 
 
 def _fields_as_parameters(parameter: inspect.Parameter) -> list[inspect.Parameter]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from jaxserve.cli.command import add_command
 from jaxserve.cli.options import EngineFlags, Json
 from jaxserve.cli.output import print_json, print_table, watched
 from jaxserve.evaluation.environment import environment
@@ -26,14 +25,6 @@ class ReportFlags:
         Path, typer.Option("--out", metavar="DIR", help="For result.json, report.html and plots; made if missing.")
     ] = Path("report")
     as_json: Json = False
-
-
-def run_script(function: Callable[..., None]) -> None:
-    """Run ``function`` with the options of the command line. Ends in SystemExit: 0, 1 where a check failed, 2 with one
-    line for what cannot be done."""
-    app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
-    add_command(app, function)
-    app()
 
 
 def engine_options(engine: EngineFlags, **more: Any) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from command_line import TEMPLATE, Result, Run
 
-import jaxserve.cli.measure as measure
+import jaxserve.commands.measure as measure
 import jaxserve.llm
 from jaxserve import LLM
-from jaxserve.cli import main
+from jaxserve.commands import main
 
 
 @pytest.fixture

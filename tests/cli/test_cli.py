@@ -16,8 +16,8 @@ from command_line import GREEDY, Result, Run
 
 import jaxserve.llm
 from jaxserve import LLM, SamplingParams
-from jaxserve.cli import main
 from jaxserve.cli.options import EngineFlags, cache_directory
+from jaxserve.commands import main
 from jaxserve.engine_args import EngineArgs
 
 COMMANDS = [["generate"], ["chat"], ["convert"], ["info"], ["plan"], ["bench", "throughput"], ["bench", "latency"]]
@@ -27,7 +27,7 @@ COMMANDS = [["generate"], ["chat"], ["convert"], ["info"], ["plan"], ["bench", "
 
 
 def test_help_loads_neither_jax_nor_transformers() -> None:
-    check = "import sys, jaxserve.cli; print(*{'jax', 'transformers', 'numpy', 'orbax'} & set(sys.modules))"
+    check = "import sys, jaxserve.commands; print(*{'jax', 'transformers', 'numpy', 'orbax'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 

@@ -11,12 +11,12 @@ import jax
 import pytest
 from command_line import GREEDY, TEMPLATE, Run
 
-import jaxserve.cli.measure as measure
+import jaxserve.commands.measure as measure
 from jaxserve import LLM, SamplingParams
 from jaxserve.build import ModelFiles, load_model
-from jaxserve.cli.bench import parse_range
-from jaxserve.cli.chat import Conversation
 from jaxserve.cli.output import bytes_text, count_text, jsonable, seconds_text
+from jaxserve.commands.bench import parse_range
+from jaxserve.commands.chat import Conversation
 from jaxserve.engine_args import EngineArgs
 from jaxserve.sampling_params import RequestOutputKind
 from jaxserve.weights.orbax import is_orbax

@@ -80,18 +80,19 @@ def test_options_reach_the_planner(run: Run) -> None:
 
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 def test_the_best_plan_is_verified(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["--model", "llama-3.1-8b", "--gpus", "2xh100", "--hf-overrides", '{"num_hidden_layers": 2}']
-    limits = ["--mesh", "tp=2", "--max-num-seqs", "32", "--max-num-batched-tokens", "256"]
+    # Of two layers only, so that half of the memory is that of sampling.
+    arguments = ["--model", "qwen2.5-0.5b", "--gpus", "2xh100", "--hf-overrides", '{"num_hidden_layers": 2}']
+    limits = ["--mesh", "tp=2", "--max-num-batched-tokens", "512"]
     result = run("plan", *arguments, *limits, "--verify")
     assert result.code == 0, result.out
     assert "tp=2, compiled" in result.out and "OFF" not in result.out
-    assert "step[tokens=256, seqs=32] over tp" in result.out
+    assert "step[tokens=512, seqs=256] over tp" in result.out
     monkeypatch.setattr(cost_model, "layer_collectives", lambda *_: [])
     result = run("plan", *arguments, *limits, "--verify", "--json")
     assert result.code == 1
     off = [c for c in json.loads(result.out)["verified"] if not c["holds"]]
-    assert [c["what"] for c in off] == ["decode[tokens=32, seqs=32] over tp", "step[tokens=256, seqs=32] over tp"]
-    assert off[0]["predicted"] < off[0]["compiled"] == (1 + 4) * 32 * 4096 * 2
+    assert [c["what"] for c in off] == ["decode[tokens=256, seqs=256] over tp", "step[tokens=512, seqs=256] over tp"]
+    assert off[0]["predicted"] < off[0]["compiled"] == (1 + 4) * 256 * 896 * 2
 
 
 def test_a_given_mesh_alone_with_its_links(run: Run, tmp_path: Path) -> None:

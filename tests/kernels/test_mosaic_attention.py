@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given, settings
 from jax.sharding import NamedSharding, PartitionSpec
 from mosaic_interpreter import racing
-from test_paged_attention import Case, Problem, Sequence, batches, dense, make_problem, part_of, solve
+from test_paged_attention import Case, Sequence, assert_conforms, batches, dense, make_problem, part_of, solve
 
 from pallas_kernels import mosaic_version
 from pallas_kernels.dispatch import PAGED_ATTENTION
 from pallas_kernels.kv_write import HeadNorm, Inputs
-from pallas_kernels.paged_attention import NOTHING, Ragged, Scoring, Setting, Shape, mosaic
+from pallas_kernels.paged_attention import Ragged, Scoring, Setting, Shape, mosaic
 from sharding import aot, build_mesh
 from sharding.audit import audit
 from sharding.hardware import Cluster
@@ -47,22 +47,12 @@ SEVERAL_TILES = Case(130, 2, 9, 16, 1, 1, 128, dtype=jnp.bfloat16)
 LARGE_BLOCKS = Case(2, 2, 2, 256, 1, 3, 64, one_token_each=True, dtype=jnp.bfloat16)
 
 
-def check(case: Case, problem: Problem) -> None:
-    (out, lse), (expected, expected_lse) = solve(NAME, case, problem), dense(case, problem)
-    assert out.dtype == lse.dtype == np.float32
-    assert np.isfinite(out).all()
-    assert np.linalg.norm(out - expected) <= case.tolerance * np.linalg.norm(expected)
-    live = problem.ragged.cu_q_lens[-1]
-    np.testing.assert_allclose(lse[:live], expected_lse[:live], atol=10 * case.tolerance)
-    assert not out[live:].any() and (lse[live:] <= NOTHING).all()
-
-
 @pytest.mark.parametrize("case", [MIXED, WINDOW, DECODE, DECODE_WINDOW], ids=["mixed", "window", "decode", "7"])
 def test_conforms(case: Case) -> None:
     @settings(max_examples=3)
     @given(batches(case))
     def conforms(batch: tuple[list[Sequence], int]) -> None:
-        check(case, make_problem(case, *batch))
+        assert_conforms(NAME, case, make_problem(case, *batch))
 
     conforms()
 
@@ -80,7 +70,7 @@ def test_conforms(case: Case) -> None:
 )
 def test_more_than_one_of_each(case: Case, sequences: list[Sequence]) -> None:
     """Tiles of queries, tiles of keys, items of one tile, tiles that a window cuts off on the left."""
-    check(case, make_problem(case, sequences, 0))
+    assert_conforms(NAME, case, make_problem(case, sequences, 0))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +82,7 @@ def test_the_only_key_of_a_tile_that_a_row_must_not_see(case: Case, sequence: Se
     """It would outweigh all others."""
     problem = make_problem(case, [sequence], 0)
     problem.keys[0][key] = (2 * problem.q[row, :, 0]).astype(case.dtype)
-    check(case, problem)
+    assert_conforms(NAME, case, problem)
 
 
 def test_a_context_cut_in_two_merges_exactly() -> None:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from on_device import CAPABILITY, PLATFORM
 
+from pallas_kernels import dequant_matmul, dispatch, grouped_matmul
 from pallas_kernels.dispatch import PAGED_ATTENTION, paged_attention
 from pallas_kernels.kv_write import HeadNorm, Inputs
 from pallas_kernels.paged_attention import NOTHING, Ragged, Scoring, Setting, Shape
@@ -248,19 +249,22 @@ HERE_NAMES = [name for name, implementation in PAGED_ATTENTION.items() if implem
 """Names of what runs here."""
 
 
+def assert_conforms(name: str, case: Case, problem: Problem) -> None:
+    (out, lse), (expected, expected_lse) = solve(name, case, problem), dense(case, problem)
+    assert out.dtype == lse.dtype == np.float32
+    assert np.isfinite(out).all()
+    assert np.linalg.norm(out - expected) <= case.tolerance * np.linalg.norm(expected)
+    live = problem.ragged.cu_q_lens[-1]
+    np.testing.assert_allclose(lse[:live], expected_lse[:live], atol=10 * case.tolerance)
+    assert not out[live:].any() and (lse[live:] <= NOTHING).all()
+
+
 @pytest.mark.parametrize(("name", "case"), RUNS)
 def test_conforms(name: str, case: Case) -> None:
     @settings(max_examples=25)
     @given(batches(case))
     def conforms(batch: tuple[list[Sequence], int]) -> None:
-        problem = make_problem(case, *batch)
-        (out, lse), (expected, expected_lse) = solve(name, case, problem), dense(case, problem)
-        assert out.dtype == lse.dtype == np.float32
-        assert np.isfinite(out).all()
-        assert np.linalg.norm(out - expected) <= case.tolerance * np.linalg.norm(expected)
-        live = problem.ragged.cu_q_lens[-1]
-        np.testing.assert_allclose(lse[:live], expected_lse[:live], atol=10 * case.tolerance)
-        assert not out[live:].any() and (lse[live:] <= NOTHING).all()
+        assert_conforms(name, case, make_problem(case, *batch))
 
     conforms()
 
@@ -358,3 +362,27 @@ def test_dispatch_refuses_what_cannot_run(setting: Setting, backend: str | None,
         paged_attention(setting, backend)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("choose", "setting", "narrow"),
+    [
+        (
+            dispatch.grouped_matmul_for,
+            grouped_matmul.Setting("gpu", (8, 0), "bfloat16", "bfloat16", 8, 64, 64),
+            {"weight_dtype": "float8_e4m3fn"},
+        ),
+        (
+            dispatch.dequant_matmul_for,
+            dequant_matmul.Setting("gpu", (8, 0), "bfloat16", 4, 32, 64, 64),
+            {"group": 48},
+        ),
+    ],
+    ids=["grouped", "dequantising"],
+)
+def test_dispatch_of_the_products(choose: Any, setting: Any, narrow: dict[str, Any]) -> None:
+    """By device and shape; what no implementation takes is an error with the reason, not the reference."""
+    assert choose(setting).name == "triton"
+    assert choose(setting, "reference").name == choose(setting._replace(platform="cpu", capability=None)).name
+    with pytest.raises(ValueError, match="triton: "):
+        choose(setting._replace(**narrow))

@@ -28,7 +28,7 @@ def throughput(
     as_json: Json = False,
 ) -> None:
     """Tokens per second of a queue of random prompts. Loading, compiling and a first run are not counted."""
-    from jaxserve.cli.measure import Workload, measure_throughput, open_engine
+    from jaxserve.commands.measure import Workload, measure_throughput, open_engine
 
     inputs, outputs = parse_range("--input-len", input_len), parse_range("--output-len", output_len)
     llm = open_engine(engine.engine_options(), inputs[1] + outputs[1], watched())
@@ -82,7 +82,7 @@ def latency(
     as_json: Json = False,
 ) -> None:
     """Time to first token and per token of one request, beside the time that reading the weights must take."""
-    from jaxserve.cli.measure import Workload, floor, measure_latency, open_engine
+    from jaxserve.commands.measure import Workload, floor, measure_latency, open_engine
 
     llm = open_engine(engine.engine_options(), input_len + output_len, watched())
     length = (input_len, input_len), (output_len, output_len)

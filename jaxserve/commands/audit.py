@@ -11,7 +11,7 @@ import typer
 from jaxserve.cli.command import epilog
 from jaxserve.cli.options import Json, ModelFlags
 from jaxserve.cli.output import bytes_text, count_text, print_json, print_pairs, print_table, progress, seconds_text
-from jaxserve.cli.plan import axes_of, mesh_text
+from jaxserve.commands.plan import axes_of, mesh_text
 from jaxserve.engine_args import EngineArgs
 
 if TYPE_CHECKING:
