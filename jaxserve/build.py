@@ -30,12 +30,17 @@ from jaxserve.engine_args import EngineArgs
 from jaxserve.journal import Journal, LeaderJournal, LeadingScheduler, RecordedLeader
 from jaxserve.models.config import DecoderConfig
 from jaxserve.models.registry import decoder_config, family_of, load_hf_config
+from jaxserve.models.shape import model_shape
 from jaxserve.placement import placement
 from jaxserve.recording import RecordedScheduler
 from jaxserve.runner import ModelRunner, RunnerConfig
 from jaxserve.scheduler import Scheduler
 from jaxserve.scoring import score_rows
+from jaxserve.step_costs import gpu_of, step_cost
+from jaxserve.telemetry import RequestSpans
 from jaxserve.tokenizer import load_tokenizer
+from jaxserve.trace import EngineTrace, Sink, Trace
+from jaxserve.trace_file import TraceFile
 from jaxserve.weights.checkpoint import Checkpoint
 from jaxserve.weights.loader import abstract_params, assemble, load_params, param_shardings, random_params
 from pallas_kernels import dispatch, sampling
@@ -51,7 +56,8 @@ COMPILE_CACHE_BYTES = 8 * GIB
 """Largest size of the directory that keeps compiled programs."""
 GPU_SWAP_GIB = 4.0
 """Host memory for preempted requests, per replica of GPUs, unless the user says otherwise."""
-OWN_OPTIONS = ("model", "tokenizer", "process_id", "compilation_cache_dir", "use_tqdm_on_load", "record")
+OWN_OPTIONS = ("model", "tokenizer", "process_id", "compilation_cache_dir", "use_tqdm_on_load", "record", "trace")
+
 """Of one process; it may have the same model in another place. All others are the same in all processes of a job."""
 GPU_RESERVE_BYTES = GIB // 2
 """Left free on a GPU beside weights, step and cache: CUDA context, NCCL buffers, fragmentation."""
@@ -226,7 +232,28 @@ def build_engine(args: EngineArgs, job: Job | None = None) -> Engine:
     if job is not None:
         rehearse(runner)
         job.serve(lambda: runner.is_computing)
-    return Engine(scheduler, runner, tokenizer, files.eos_token_ids, args.seed, args.async_scheduling, journal)
+    trace = Trace() if job is not None and not job.is_leader else _trace(args, files, mesh_config, runner)
+    eos = files.eos_token_ids
+    return Engine(scheduler, runner, tokenizer, eos, args.seed, args.async_scheduling, journal, trace)
+
+
+def _trace(args: EngineArgs, files: ModelFiles, mesh: MeshConfig, runner: ModelRunner) -> Trace:
+    """What is to be told where the time goes."""
+    if args.trace is None and args.otlp_traces_endpoint is None:
+        return Trace()
+    device = runner.mesh.devices.flat[0]
+    gpu, costs = gpu_of(device.device_kind, device.platform), {}
+    if gpu is not None:
+        dtype, kv_dtype = str(runner.params[0].dtype), str(runner.config.kv_dtype)
+        shape = model_shape(files.decoder, dtype, kv_dtype).fit_to(mesh)
+        costs = {runner.step_name(layout): step_cost(shape, mesh, gpu, layout) for layout in runner.config.layouts}
+    sinks: list[Sink] = []
+    if args.trace is not None:
+        name, simulated = None if gpu is None else gpu.name, device.platform == "cpu"
+        sinks.append(TraceFile(Path(args.trace), mesh.dp, mesh.pp, name, simulated, costs))
+    if args.otlp_traces_endpoint is not None:
+        sinks.append(RequestSpans(args.otlp_traces_endpoint))
+    return EngineTrace(sinks, mesh.pp, costs)
 
 
 def _scheduler(args: EngineArgs, limits: SchedulerConfig, job: Job | None) -> tuple[Scheduler, Journal]:

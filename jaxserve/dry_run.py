@@ -31,9 +31,10 @@ from jaxserve.device_state import bytes_per_device
 from jaxserve.engine_args import EngineArgs
 from jaxserve.models.shape import model_shape
 from jaxserve.runner import ModelRunner
+from jaxserve.step_costs import step_of
 from sharding import aot, build_mesh, launches
 from sharding.audit import SAMPLE, Audit, Budget, audit
-from sharding.cost_model import Group, MemoryPerGpu, Step, payload_bytes
+from sharding.cost_model import MemoryPerGpu, payload_bytes
 from sharding.hardware import Cluster
 from sharding.launches import Launches
 from sharding.mesh import MeshConfig
@@ -215,13 +216,6 @@ class DryRun:
                 name = f"{program.name} over {','.join(axes)}"
                 found.append(Comparison(name, expected[axes], sent[axes]))
         return found
-
-
-def step_of(layout: BatchLayout) -> Step:
-    """The fullest step of a layout, for the cost model."""
-    rows, seqs = layout.num_tokens, layout.num_seqs
-    chunk = (Group(1, rows - seqs + 1),) if rows > seqs else ()
-    return Step((*chunk, Group(seqs - len(chunk), 1)))
 
 
 def _mesh(config: MeshConfig, cluster: Cluster | None) -> Mesh:

@@ -21,6 +21,7 @@ from jaxserve.scheduler import Advanced, Scheduler, SchedulerOutput
 from jaxserve.scoring import Owners, add_logprobs
 from jaxserve.slot_rows import SlotRows
 from jaxserve.tokenizer import bad_word_token_sequences
+from jaxserve.trace import Trace
 
 IDLE_SECONDS = 0.001
 """How long a step in which nobody may run (rate caps) waits before the next is tried."""
@@ -46,8 +47,10 @@ class Engine:
         seed: int = 0,
         async_scheduling: bool = True,
         journal: Journal | None = None,
+        trace: Trace | None = None,
     ) -> None:
-        """``journal``: of an engine of several processes, what the others have to do too."""
+        """``journal``: of an engine of several processes, what the others have to do too. ``trace``: who is told where
+        the time goes."""
         self.scheduler, self.runner, self.tokenizer = scheduler, runner, tokenizer
         self.eos_token_ids, self.seed = tuple(eos_token_ids), seed
         self.async_scheduling = async_scheduling
@@ -59,7 +62,7 @@ class Engine:
         self._num_requests = 0
         self._in_flight: InFlight | None = None
         self._pipeline = Pipeline(runner, scheduler.config) if scheduler.config.num_stages > 1 else None
-        self.journal = journal or Journal()
+        self.journal, self.trace = journal or Journal(), trace or Trace()
         self._seen_busy: float | None = None  # when a step was last known to be running
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -76,6 +79,7 @@ class Engine:
         cache_salt: str | None = None,
     ) -> None:
         """Queue a request. Raises ValueError, or QueueFullError, and queues nothing, if it cannot be served."""
+        begin = time.perf_counter()
         self._check(request_id, prompt_token_ids, params)
         self.scheduler.check_queue(params.n, params.n * len(prompt_token_ids))
         ending = params.all_stop_token_ids(self.eos_token_ids)
@@ -109,6 +113,7 @@ class Engine:
             self._owners[request.request_id] = group, completion
             self._slot_rows.add(request, ending, bad_words)
             self.scheduler.add(request)
+        self.trace.added(requests, begin)
 
     def _check(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
         vocab = self.runner.decoder.vocab_size
@@ -165,16 +170,20 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """One step of every replica. Returns the outputs of the requests that advanced."""
+        self.trace.begin()
         try:
             with self.journal:
-                return self._overlapped_step() if self.async_scheduling else self._plain_step()
+                outputs = self._overlapped_step() if self.async_scheduling else self._plain_step()
         except BaseException:
             # Blocks may be named whose contents were never computed, and nobody will read what is in flight.
             self._in_flight = None
             if self._pipeline is not None:
                 self._pipeline.clear()
             self.scheduler.reset_prefix_cache()
+            self.trace.failed()
             raise
+        self.trace.end(self.is_busy)
+        return outputs
 
     def _plain_step(self) -> list[RequestOutput]:
         """Start a step and wait for it."""
@@ -200,37 +209,53 @@ class Engine:
         """Schedule a step and hand it to the devices; None if there is nothing to compute."""
         start = time.perf_counter()
         schedule = self.scheduler.schedule(time.monotonic())
-        self.runner.move_blocks(schedule.swap_outs, schedule.swap_ins, schedule.dropped)
+        self.trace.mark("schedule")
+        if schedule.swap_outs or schedule.swap_ins or schedule.dropped:
+            self.runner.move_blocks(schedule.swap_outs, schedule.swap_ins, schedule.dropped)
+            self.trace.mark("move blocks")
         if schedule.is_empty and (self._pipeline is None or self._pipeline.is_empty):
             return None
         rows = schedule.bucket or self.runner.config.decode_buckets[0]
         batch = self._batches.build(
             schedule, self.runner.config.layout(rows, schedule.one_token_each, schedule.num_steps)
         )
+        self.trace.mark("build batch")
         self._slot_rows.write(schedule)
+        self.trace.mark("write sampler rows")
         self._note_idle()
         if self._pipeline is None:
-            started = InFlight(schedule, self.runner.step(batch))
+            started, stages = InFlight(schedule, self.runner.step(batch)), [schedule]
         else:
             started = InFlight(*self._pipeline.tick(schedule, batch))
+            stages = self._pipeline.schedules
         self._note_scheduled(schedule)
+        self.trace.mark("dispatch")
+        self.trace.started(stages, started.pending.program)
         self.metrics.host_seconds += time.perf_counter() - start
         return started
 
     def _land(self, step: InFlight) -> list[RequestOutput]:
         """Wait for a step's tokens and hand them out."""
-        if step.schedule.is_empty:
-            return []  # the pipeline is being filled
+        if step.schedule.is_empty:  # the pipeline is being filled
+            self.trace.passed()
+            return []
+        self.trace.flush()
         start = time.perf_counter()
         output = step.pending.output()
         landed = self._seen_busy = time.perf_counter()
+        self.trace.mark("wait for the devices")
         tokens = output.rows(step.schedule)
         owners, announce = self._owners, self.journal.send
         add_logprobs(step.schedule, tokens, step.pending, owners, self.runner, self.tokenizer, announce)
         self.metrics.num_late_rows += sum(
             s.request.status is Status.FINISHED for rows in step.schedule.replicas for s in rows
         )
-        outputs = self._deliver(self.scheduler.update(step.schedule, tokens))
+        self.trace.mark("log-probabilities")
+        advanced = self.scheduler.update(step.schedule, tokens)
+        self.trace.landed(advanced, start, landed)
+        self.trace.mark("update")
+        outputs = self._deliver(advanced)
+        self.trace.mark("detokenise")
         self.metrics.wait_seconds += landed - start
         self.metrics.host_seconds += time.perf_counter() - landed
         if not self._groups:
@@ -241,6 +266,7 @@ class Engine:
         """Nobody may run now; somebody may later."""
         if self._groups:
             time.sleep(IDLE_SECONDS)
+            self.trace.mark("nobody may run")
         return []
 
     def _deliver(self, advanced: list[Advanced]) -> list[RequestOutput]:
@@ -276,6 +302,7 @@ class Engine:
         if matched is not None:
             request.finish_reason, request.stop_reason = "stop", matched
         self._slot_rows.remove(request)
+        self.trace.ended(request)
         self.metrics.num_finished[request.finish_reason or "abort"] += 1
 
     def _collect(self, groups: list[RequestGroup], final: bool = False) -> list[RequestOutput]:

@@ -60,6 +60,8 @@ class EngineOptions(TypedDict, total=False):
     compilation_cache_dir: str | None
     use_tqdm_on_load: bool
     record: str | Path | None
+    trace: str | Path | None
+    otlp_traces_endpoint: str | None
     coordinator: str | None
     num_processes: int | None
     process_id: int | None
@@ -154,6 +156,11 @@ class EngineArgs:
     """Progress bars while loading and compiling."""
     record: str | Path | None = None
     """File that every event and decision of the scheduler is written to, for ``scripts/replay_schedule.py``."""
+    trace: str | Path | None = None
+    """File for a trace of every step and request, which Perfetto and ``scripts/trace_report.py`` read."""
+    otlp_traces_endpoint: str | None = None
+    """URL of an OpenTelemetry collector (OTLP over HTTP, like http://localhost:4318/v1/traces) that is sent a span per
+    request, with its phases."""
     coordinator: str | None = None
     """HOST:PORT at which process 0 listens, where several processes (one per host) are one engine. This and the two
     below are found by themselves under Slurm, MPI and Kubernetes: ``docs/launch/README.md``."""
@@ -177,8 +184,10 @@ class EngineArgs:
         _at_least_one("block_size", self.block_size)
         if self.swap_space is not None and not 0 <= self.swap_space < float("inf"):
             raise ValueError(f"swap_space={self.swap_space!r}: it is a number of GiB, 0 or more")
-        if self.record is not None and not Path(self.record).absolute().parent.is_dir():
-            raise ValueError(f"record={str(self.record)!r}: {Path(self.record).parent} is no directory")
+        for name in ("record", "trace"):
+            file = getattr(self, name)
+            if file is not None and not Path(file).absolute().parent.is_dir():
+                raise ValueError(f"{name}={str(file)!r}: {Path(file).parent} is no directory")
         check_placement(self.coordinator, self.num_processes, self.process_id)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: it is above 0 and at most 1")

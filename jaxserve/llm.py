@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,6 +20,7 @@ from jaxserve.inputs import Prompt, as_prompts, need_tokenizer, one_each, read_p
 from jaxserve.layer_digest import LayerDigest, layer_digests
 from jaxserve.metrics import EngineMetrics
 from jaxserve.outputs import RequestOutput
+from jaxserve.profiling import start_profile, stop_profile
 from jaxserve.runner import CompileRecord
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 from jaxserve.tokenizer import apply_chat_template
@@ -43,6 +45,7 @@ class LLM:
         """Let the other processes of the job end, if there are any; nothing can be generated afterwards. Happens by
         itself at the end of the program."""
         self.engine.journal.close()
+        self.engine.trace.close()
 
     def generate(
         self,
@@ -128,6 +131,15 @@ class LLM:
         self.engine.reset_prefix_cache()
         return True
 
+    def start_profile(self, directory: str | Path = "profile") -> None:
+        """Record what every device does, operation by operation, until ``stop_profile``; a few steps are enough. Scopes
+        name the layer and its part. RuntimeError if a profile is being recorded."""
+        start_profile(directory)
+
+    def stop_profile(self) -> None:
+        """Write the profile: for TensorBoard or Perfetto, and ``scripts/trace_report.py``."""
+        stop_profile()
+
     def compiled_programs(self) -> list[CompileRecord]:
         """Every program that was compiled, when, and how long it took; after the constructor there are no more."""
         return list(self.engine.runner.compiled)
@@ -144,19 +156,26 @@ class LLM:
             params = [replace_kind(p, RequestOutputKind.FINAL_ONLY) for p in params]
         priorities = one_each("priority", int, priority, 0, len(prompts))
         tenants = one_each("tenant", str, tenant, "", len(prompts))
+        ids = [str(self._next_id + i) for i in range(len(prompts))]
+        self._next_id += len(ids)
         return [
-            {**read_prompt(prompt, self.engine.tokenizer), "params": p, "priority": rank, "tenant": name}
-            for prompt, p, rank, name in zip(prompts, params, priorities, tenants, strict=True)
+            {"request_id": i, **self._read(i, prompt), "params": p, "priority": rank, "tenant": name}
+            for i, prompt, p, rank, name in zip(ids, prompts, params, priorities, tenants, strict=True)
         ]
+
+    def _read(self, request_id: str, prompt: Prompt) -> dict[str, Any]:
+        begin = time.perf_counter()
+        request = read_prompt(prompt, self.engine.tokenizer)
+        self.engine.trace.tokenized(request_id, begin, len(request["prompt_token_ids"]))
+        return request
 
     def _run(self, calls: list[dict[str, Any]], use_tqdm: bool) -> Generator[RequestOutput, None, None]:
         if self.engine.has_unfinished:
             raise RuntimeError("this LLM has a stream open: read it to its end or close() it first")
-        ids = [str(self._next_id + i) for i in range(len(calls))]
-        self._next_id += len(ids)
+        ids = [call["request_id"] for call in calls]
         try:
-            for request_id, call in zip(ids, calls, strict=True):
-                self.engine.add_request(request_id, **call)
+            for call in calls:
+                self.engine.add_request(**call)
             yield from self._drain(len(ids), use_tqdm)
         finally:
             for request_id in ids:

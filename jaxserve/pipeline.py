@@ -25,7 +25,12 @@ class Pipeline:
     @property
     def is_empty(self) -> bool:
         """Whether no stage but the last has anything to pass on."""
-        return all(schedule.is_empty for schedule, _ in list(self._entered)[: self.config.num_stages - 1])
+        return all(schedule.is_empty for schedule in self.schedules[: self.config.num_stages - 1])
+
+    @property
+    def schedules(self) -> list[SchedulerOutput]:
+        """What each stage works on, the first stage first."""
+        return [schedule for schedule, _ in self._entered]
 
     def clear(self) -> None:
         """Forget what is in the pipeline: nobody waits for it."""
@@ -38,7 +43,7 @@ class Pipeline:
         if not self._entered:
             self._entered.extend([nothing] * self.config.num_stages)
         self._entered.appendleft((schedule, batch))
-        schedules = [s for s, _ in self._entered]
+        schedules = self.schedules
         self.num_stage_ticks += len(schedules)
         self.num_idle_stage_ticks += sum(s.is_empty for s in schedules)
         decodes = all(s.one_token_each for s in schedules)

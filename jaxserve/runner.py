@@ -97,6 +97,7 @@ class PendingStep(NamedTuple):
     """A step that was started: tokens [dp, num_steps, S]; hidden states [dp, T, D], or [pp, dp, T, D] of which row 0
     counts, or None if it is several steps in one."""
 
+    program: str
     tokens: Array
     hidden: Array | None
 
@@ -344,7 +345,7 @@ class ModelRunner:
         batches = [self._global(b, (*("stage",) * (b.ndim - 2), "replica", None)) for b in buffers]
         wanted = self._global(sampled.features.as_array(), (None,))
         tokens, hidden, self.state = program(self.params, self.state, *batches, wanted)
-        self.last_started = PendingStep(tokens, hidden)
+        self.last_started = PendingStep(self.step_name(layout), tokens, hidden)
         return self.last_started
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import math
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ from jaxserve.inputs import Prompt, need_tokenizer, only_one, read_prompt, refus
 from jaxserve.llm import open_engine
 from jaxserve.metrics import EngineMetrics
 from jaxserve.outputs import RequestOutput
+from jaxserve.profiling import start_profile, stop_profile
 from jaxserve.sampling_params import SamplingParams
 
 
@@ -71,11 +73,12 @@ class AsyncLLM:
         """
         refuse(lora_request=lora_request)
         params = only_one("sampling_params", SamplingParams, sampling_params, SamplingParams())
-        stream = OutputStream(only_one("request_id", str, request_id, None) or uuid4().hex, params.output_kind)
+        name = only_one("request_id", str, request_id, None) or uuid4().hex
+        stream = OutputStream(name, params.output_kind)
         ranks = {"priority": only_one("priority", int, priority, 0), "tenant": only_one("tenant", str, tenant, "")}
         # In the loop's thread pool: a long prompt takes longer than a step, and must stall neither the engine, whose
         # other requests decode, nor this loop. Tokenizers let other threads run meanwhile.
-        request = await asyncio.to_thread(read_prompt, prompt, self.engine.tokenizer)
+        request = await asyncio.to_thread(self._read, name, prompt)
         output = None
         try:
             await asyncio.wrap_future(self._thread.add(stream, params=params, **request, **ranks))
@@ -85,6 +88,12 @@ class AsyncLLM:
         finally:
             if output is None or not output.finished:
                 self._thread.drop(stream)
+
+    def _read(self, request_id: str, prompt: Prompt) -> dict[str, Any]:
+        begin = time.perf_counter()
+        request = read_prompt(prompt, self.engine.tokenizer)
+        self.engine.trace.tokenized(request_id, begin, len(request["prompt_token_ids"]))
+        return request
 
     async def abort(self, request_id: str) -> None:
         """End a request: its consumer gets what there is, ``finished``, with the finish reason "abort". An id that is
@@ -96,6 +105,15 @@ class AsyncLLM:
         that they hold, and nobody finds them any more."""
         await asyncio.wrap_future(self._thread.call(self.engine.reset_prefix_cache))
         return True
+
+    async def start_profile(self, directory: str | Path = "profile") -> None:
+        """Record what every device does, operation by operation, until ``stop_profile``; a few steps are enough.
+        RuntimeError if a profile is being recorded."""
+        await asyncio.to_thread(start_profile, directory)
+
+    async def stop_profile(self) -> None:
+        """Write the profile: for TensorBoard or Perfetto, and ``scripts/trace_report.py``."""
+        await asyncio.to_thread(stop_profile)
 
     def get_metrics(self) -> EngineMetrics:
         """Counters since the engine was made, as they are now; a step that is under way may be counted in part."""

@@ -155,6 +155,12 @@ class EngineFlags(ModelFlags):
     record: Annotated[
         str | None, _scheduler("--record", metavar="FILE", help="Write every scheduling decision here.")
     ] = None
+    trace: Annotated[
+        str | None, _engine("--trace", metavar="FILE", help="Write where the time goes here, for Perfetto.")
+    ] = None
+    otlp_traces_endpoint: Annotated[
+        str | None, _engine("--otlp-traces-endpoint", metavar="URL", help="Send requests' spans to this collector.")
+    ] = None
     attention_backend: Annotated[
         str | None, _engine("--attention-backend", help="Paged attention to use; none = the platform's.")
     ] = None

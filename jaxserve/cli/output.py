@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -12,6 +13,8 @@ from typing import Any
 
 UNBOUNDED = 240
 """Columns of tables that go to a file or to another program."""
+NUMBER = re.compile(r"([-+−±<>≤≥]? ?[\d.,]+( ?[^\s\d]+)?|[-–—]|n/a)?$")
+"""A cell with nothing but a number, its unit, or that there is none."""
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -86,13 +89,15 @@ def print_pairs(title: str, pairs: Mapping[str, str]) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns of numbers, but for the first one, stand to the right."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=True)
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        numbers = all(NUMBER.match(row[i]) for row in rows)
+        table.add_column(name, justify="right" if i and numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # no markup in brackets
     _console().print(table)

@@ -17,6 +17,9 @@ def environment() -> dict[str, Any]:
     import jax
     import psutil
 
+    from sharding.platform import use_cpu_without_gpus
+
+    use_cpu_without_gpus()
     devices = jax.devices()
     return {
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},

@@ -1,0 +1,302 @@
+"""Traces: whole, nested, valid, and true to what was computed; requests' spans at a collector; profiles."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from tiny_models import SMALL, run, write_llama
+
+from jaxserve import LLM, AsyncLLM, SamplingParams
+from jaxserve.batch import BatchLayout
+from jaxserve.evaluation.engine_trace import EngineTraceFile, Event
+from jaxserve.evaluation.profile import busy_seconds, collective_seconds, covered, read_operations
+from jaxserve.step_costs import step_cost
+from jaxserve.telemetry import RequestSpans
+from jaxserve.trace import REQUESTS, EngineTrace, Sink, Span, StepCost
+from jaxserve.trace_file import TraceFile
+from sharding.hardware import find_gpu
+from sharding.mesh import MeshConfig
+from sharding.model_shape import ModelShape
+
+SCHEMA = json.loads((Path(__file__).parent / "trace_schema.json").read_text())
+COST = StepCost({"tp": 4096}, seconds=1e-4, collective_seconds=2e-5, sampling_seconds=1e-6)
+MakeLLM = Callable[..., LLM]
+Tracing = Callable[..., tuple[LLM, Path]]
+
+
+@pytest.fixture
+def tracing(make_llm: MakeLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracing]:
+    """(model, **options) -> an engine that writes a trace from now on, and where."""
+
+    def start(directory: Path, **options: Any) -> tuple[LLM, Path]:
+        llm, path = make_llm(directory, **options), tmp_path / "trace.json"
+        runner = llm.engine.runner
+        costs = {runner.step_name(layout): COST for layout in runner.config.layouts}
+        replicas, stages = runner.mesh.shape["dp"], runner.decoder.num_stages
+        trace = EngineTrace([TraceFile(path, replicas, stages, "h100", True, costs)], stages, costs)
+        monkeypatch.setattr(llm.engine, "trace", trace)
+        return llm, path
+
+    yield start
+
+
+def read(path: Path) -> EngineTraceFile:
+    """With everything checked that holds for every trace."""
+    jsonschema.validate(json.loads(path.read_text()), SCHEMA)
+    trace = EngineTraceFile(path)
+    assert trace.misnested() == []
+    assert 0.95 <= trace.covered_share <= 1.001
+    return trace
+
+
+def computed(trace: EngineTraceFile, number: int, stage: int = 0) -> tuple[list[tuple[int, int]], int]:
+    """Chunks (start, count) of a request that a stage computed, and for how many of its tokens it decoded."""
+    steps = [e for e in trace.steps if (e.track - 1) % trace.num_stages == stage]
+    chunks = [(start, count) for e in steps for n, start, count in e.args["chunks"] if n == number]
+    return chunks, sum(n == number for e in steps for n in e.args["decodes"])
+
+
+PROMPTS = [[7, 8, 9] * 15, [3, 4], [5] * 33]
+
+
+def test_every_token_is_in_a_step(tracing: Tracing, tiny_model: Path) -> None:
+    llm, path = tracing(tiny_model, enable_prefix_caching=False)
+    run(llm, [*PROMPTS, "some text"], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+    trace = read(path)
+    assert [j.name for j in trace.journeys] == sorted((j.name for j in trace.journeys), key=int)
+    for journey in trace.journeys:
+        chunks, decoded = computed(trace, journey.number)
+        assert [start for start, _ in chunks] == [sum(c for _, c in chunks[:i]) for i in range(len(chunks))]
+        assert sum(count for _, count in chunks) == journey.whole.args["prompt_tokens"]
+        assert decoded == journey.whole.args["output_tokens"] - 1 == 4
+        assert [p.name for p in journey.phases] == ["queued", "prefill", "decode"]
+        assert sum(p.seconds for p in journey.phases) == pytest.approx(journey.whole.seconds)
+    assert len(trace.tokenized) == 4 and trace.tokenized[-1].args["tokens"] == len("some text")
+    names = {e.name for e in trace.engine}
+    assert {"step", "schedule", "build batch", "dispatch", "wait for the devices", "detokenise", "outside"} <= names
+    assert {e.name for e in trace.steps} <= {"decode", "prompts", "mixed"}
+
+
+def test_devices_do_one_step_after_the_other_between_dispatch_and_wait(tracing: Tracing, odd_model: Path) -> None:
+    llm, path = tracing(odd_model, mesh="dp=2")
+    run(llm, PROMPTS, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    trace = read(path)
+    assert {e.track for e in trace.steps} == {1, 2}
+    waits = [e for e in trace.engine if e.name == "wait for the devices"]
+    for track in (1, 2):
+        steps = [e for e in trace.steps if e.track == track]
+        assert all(a.end <= b.start + 1e-8 for a, b in pairwise(steps))
+        assert len(steps) == llm.engine.trace._num_steps  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(min(abs(e.end - wait.end) for e in trace.steps) < 1e-3 for wait in waits)
+    replicas = {j.number: j.whole.args["replica"] for j in trace.journeys}
+    for step in trace.steps:
+        assert all(replicas[n] == step.track - 1 for n in step.args["decodes"])
+    predicted = [e for e in trace.events if e.name == "collectives (predicted)"]
+    assert len(predicted) == len(trace.steps) and predicted[0].args["bytes"] == {"tp": 4096}
+
+
+def test_preempted_aborted_and_several_at_once(tracing: Tracing, odd_model: Path) -> None:
+    llm, path = tracing(odd_model, num_gpu_blocks_override=13)
+    run(llm, [[i] * 20 for i in range(1, 7)], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
+    run(llm, [[5, 6, 7]], SamplingParams(n=2, seed=1, max_tokens=3, ignore_eos=True))
+    stream = llm.stream([[9, 9]], SamplingParams(max_tokens=30, ignore_eos=True))
+    next(stream)
+    stream.close()
+    while llm.engine.is_busy:  # what is in flight for it
+        llm.engine.step()
+    trace = read(path)
+    preempted = [j for j in trace.journeys if j.whole.args["preemptions"]]
+    assert preempted
+    for journey in preempted:
+        names = [p.name for p in journey.phases]
+        assert names.count("preempted") == journey.whole.args["preemptions"] <= names.count("prefill")
+    assert {"0", "1"} <= {j.name.partition("/")[2] for j in trace.journeys}
+    assert [j.whole.args["finish_reason"] for j in trace.journeys].count("abort") == 1
+
+
+def test_a_pipeline_passes_requests_on(tracing: Tracing, tmp_path: Path) -> None:
+    deep = write_llama(tmp_path, num_hidden_layers=5)
+    llm, path = tracing(deep, mesh="pp=2")
+    for _ in range(2):  # filled twice
+        run(llm, PROMPTS[:2], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    trace = read(path)
+    for journey in trace.journeys:
+        assert computed(trace, journey.number, 0)[0] == computed(trace, journey.number, 1)[0]
+    for stage in (0, 1):
+        steps = [e.args["step"] for e in trace.steps if e.track - 1 == stage]
+        assert sorted(set(steps)) == steps and len(steps) > 8
+    first, second = (
+        {(n, at): e.args["step"] for e in trace.steps if e.track == t for n, at, _ in e.args["chunks"]} for t in (1, 2)
+    )
+    assert {second[key] - first[key] for key in second} == {1}
+    assert any(e.name == "bubble" for e in trace.steps)
+    assert trace.device_seconds_by("bubble") > 0
+
+
+def test_a_failed_step_leaves_a_whole_file(tracing: Tracing, odd_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, path = tracing(odd_model)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with monkeypatch.context() as broken:
+        broken.setattr(llm.engine.runner, "step", lambda batch: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llm.generate([[1, 2]], params, use_tqdm=False)
+    read(path)
+    llm.generate([[1, 2]], params, use_tqdm=False)
+    assert [j.whole.args["finish_reason"] for j in read(path).journeys] == ["abort", "length"]
+
+
+def test_of_many_callers(tracing: Tracing, odd_model: Path) -> None:
+    llm, path = tracing(odd_model)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+
+    async def ask(client: AsyncLLM, prompt: list[int]) -> None:
+        async for _ in client.generate(prompt, params):
+            pass
+
+    async def main() -> None:
+        async with AsyncLLM.from_engine(llm.engine) as client:
+            await asyncio.gather(*(ask(client, [i, i]) for i in range(5)))
+
+    asyncio.run(main())
+    trace = read(path)
+    assert len(trace.journeys) == len(trace.tokenized) == 5
+    assert {e.args["request"] for e in trace.tokenized} == {j.name.partition("#")[0] for j in trace.journeys}
+
+
+def test_spans_that_do_not_nest_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    TraceFile(path, 1, 1, None, True, {})
+    trace = EngineTraceFile(path)
+    step, inside = Event(1, 1, "step", 0, 2, {}), Event(1, 1, "schedule", 1, 2, {})
+    trace.events = [step, inside]
+    assert trace.misnested() == []
+    trace.events = [step, replace(inside, end=3), replace(inside, track=2)]
+    assert trace.misnested() == ["'schedule' at 1.000000 s ends after 'step', in which it began"]
+
+
+def test_options(odd_model: Path, tmp_path: Path, make_llm: MakeLLM) -> None:
+    """As a user would give them; what cannot be is refused."""
+    path = tmp_path / "trace.json"
+    options: dict[str, Any] = SMALL | {"skip_tokenizer_init": True, "use_tqdm_on_load": False}
+    llm = LLM(odd_model, trace=path, mesh="tp=2", **options)
+    run(llm, PROMPTS, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    trace = read(path)
+    runner = llm.engine.runner
+    assert trace.programs.keys() == {runner.step_name(layout) for layout in runner.config.layouts}
+    assert all(cost["collective_bytes"]["tp"] > 0 for cost in trace.programs.values())
+    llm.close()
+    with pytest.raises(ValueError, match=r"trace='/no/such/t\.json': /no/such is no directory"):
+        LLM(odd_model, trace="/no/such/t.json", **options)
+    with pytest.raises(ValueError, match="otlp_traces_endpoint='localhost': it is a URL"):
+        RequestSpans("localhost")
+
+
+def test_step_cost() -> None:
+    shape = ModelShape(
+        num_layers=32,
+        hidden_size=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        vocab_size=128256,
+        gated=True,
+        tied=False,
+    )
+    mesh = MeshConfig(tp=8)
+    cost = step_cost(shape.fit_to(mesh), mesh, find_gpu("h200"), BatchLayout(64, 64, 10, one_token_each=True))
+    assert cost.collective_bytes == {"tp": (2 * 32 + 1) * 64 * 4096 * 2 + 2 * 64 * 8}
+    assert 0 < cost.sampling_seconds < cost.seconds and 0 < cost.collective_seconds < cost.seconds
+
+
+# -- a collector -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def collector() -> Iterator[tuple[str, list[bytes]]]:
+    """Its URL, and what it was sent."""
+    received: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1/traces", received
+    server.shutdown()
+    server.server_close()
+
+
+def test_requests_reach_a_collector(
+    make_llm: MakeLLM, odd_model: Path, collector: tuple[str, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gzip
+
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    url, received = collector
+    llm = make_llm(odd_model)
+    sinks: list[Sink] = [RequestSpans(url)]
+    monkeypatch.setattr(llm.engine, "trace", EngineTrace(sinks, 1, {}))
+    run(llm, PROMPTS, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    llm.engine.trace.close()
+    bodies = [gzip.decompress(b) if b.startswith(b"\x1f\x8b") else b for b in received]
+    sent = [s for b in bodies for r in ExportTraceServiceRequest.FromString(b).resource_spans for s in r.scope_spans]
+    spans = [span for scope in sent for span in scope.spans]
+    parents = {s.span_id: s for s in spans if s.name == "llm_request"}
+    assert Counter(s.name for s in spans) == {"llm_request": 3, "queued": 3, "prefill": 3, "decode": 3}
+    for span in spans:
+        if span.name != "llm_request":
+            parent = parents[span.parent_span_id]
+            assert parent.start_time_unix_nano <= span.start_time_unix_nano
+            assert span.end_time_unix_nano <= parent.end_time_unix_nano
+    usage = [{a.key: a.value.int_value for a in s.attributes} for s in parents.values()]
+    assert sorted(u["gen_ai.usage.input_tokens"] for u in usage) == sorted(map(len, PROMPTS))
+    assert {u["gen_ai.usage.output_tokens"] for u in usage} == {3}
+
+
+def test_telemetry_ignores_what_is_no_request(collector: tuple[str, list[bytes]]) -> None:
+    spans = RequestSpans(collector[0])
+    spans.write([Span(1, 1, "step", 0, 1)])
+    spans.close()
+    assert collector[1] == [] and REQUESTS != 1
+
+
+# -- profiles ----------------------------------------------------------------------------------------------------------
+
+
+def test_profile(make_llm: MakeLLM, odd_model: Path, tmp_path: Path) -> None:
+    llm = make_llm(odd_model, mesh="tp=2")
+    llm.start_profile(tmp_path / "profile")
+    with pytest.raises(RuntimeError, match="profile"):
+        llm.start_profile(tmp_path / "profile")
+    run(llm, [[1, 2, 3]], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    llm.stop_profile()
+    operations = read_operations(tmp_path / "profile")
+    busy, links = busy_seconds(operations), collective_seconds(operations)
+    assert busy.keys() == links.keys() == {0, 1}
+    assert all(0 < s < 60 for s in (*busy.values(), *links.values()))
+    with pytest.raises(ValueError, match="no profile in it"):
+        read_operations(tmp_path / "nothing")
+
+
+def test_covered() -> None:
+    assert covered([(0, 2), (1, 3), (5, 6), (5.5, 5.6)]) == pytest.approx(4)
+    assert covered([]) == 0
