@@ -309,11 +309,14 @@ class PagedLayers:
             qkv, rope, weights = projection
             rope = None if rope is None else (rope[0][0], rope[1][0])
             inputs = Inputs(qkv[0], own_slots(slots[0], shape.block_size, ranks), rope, weights)
-            q, keys, values = attention.kv_write.write(keys[0], values[0], inputs, norm, scoring)
-            plan = jax.tree.map(lambda x: x[0, 0], plan)
-            out, lse = attention.attend(q, keys, values, plan, shape, scoring)
+            with jax.named_scope("kv_write"):
+                q, keys, values = attention.kv_write.write(keys[0], values[0], inputs, norm, scoring)
+            with jax.named_scope("paged_attention"):
+                plan = jax.tree.map(lambda x: x[0, 0], plan)
+                out, lse = attention.attend(q, keys, values, plan, shape, scoring)
             if ranks > 1:
-                out = merge(out, lse, "cp")
+                with jax.named_scope("merge"):
+                    out = merge(out, lse, "cp")
             return out.astype(q.dtype)[None], row_major(keys[None]), row_major(values[None])
 
         kv, heads, replica = spec(KV_AXES), spec(HEAD_AXES), spec(("replica",))

@@ -297,6 +297,18 @@ def test_profile(make_llm: MakeLLM, odd_model: Path, tmp_path: Path) -> None:
         read_operations(tmp_path / "nothing")
 
 
+def test_scopes(make_llm: MakeLLM, odd_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a profile's operations are named after: the layer, its part and what that does."""
+    runner = make_llm(odd_model).engine.runner
+    # Not compiled: a compiled program that the cache kept has the names that it had then.
+    monkeypatch.setattr(runner, "compile", lambda name, key, lower: lower())
+    text = runner.step_program(runner.config.layout(24, False), runner.num_blocks).as_text(debug_info=True)
+    attention = [f"layer_1/attention/{part}" for part in ("qkv", "out")]
+    inside = ["kv_write/", "paged_attention/"]  # of the part that runs on each device
+    for scope in (*attention, *inside, "layer_1/mlp/up", "layer_1/mlp/down", "layer_1/norm", "/embed/", "/sample/"):
+        assert scope in text, scope
+
+
 def test_covered() -> None:
     assert covered([(0, 2), (1, 3), (5, 6), (5.5, 5.6)]) == pytest.approx(4)
     assert covered([]) == 0

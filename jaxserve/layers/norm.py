@@ -44,6 +44,7 @@ class Norm(nnx.Module):
         if config.kind == "layer":
             self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
+    @jax.named_scope("norm")
     def __call__(self, x: Array) -> Array:
         """x [..., *shape] -> the same shape and dtype."""
         reduce = tuple(range(-self.num_axes, 0))

@@ -74,9 +74,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, layer: int, rope: tuple[Array, Array] | None, attend: Attend) -> Array:
         """x [R, T, D] -> [R, T, D], before the residual is added."""
-        qkv = jnp.einsum("rtd,dkgh->rtkgh", x, self.qkv[...])
-        if self.config.qkv_bias:
-            qkv = qkv + self.qkv_bias[...][None, None]
+        with jax.named_scope("qkv"):
+            qkv = jnp.einsum("rtd,dkgh->rtkgh", x, self.qkv[...])
+            if self.config.qkv_bias:
+                qkv = qkv + self.qkv_bias[...][None, None]
         norm_weights = None
         if self.config.qk_norm == "head":
             norm_weights = self.q_norm.weight[...], self.k_norm.weight[...]
@@ -85,11 +86,12 @@ class Attention(nnx.Module):
             q, k = self.q_norm(qkv[:, :, :, :g]), self.k_norm(qkv[:, :, :, g])
             qkv = jnp.concatenate([q, k[:, :, :, None], qkv[:, :, :, g + 1 :]], axis=3)
         out = attend(layer, Projection(qkv, rope, norm_weights))
-        # One contracted axis, not three: XLA:CPU would transpose the weight in every step (16 of 97 ms, 12 layers).
-        out = jnp.einsum(
-            "rtn,nd->rtd", out.reshape(*out.shape[:2], -1), self.o[...].reshape(-1, self.config.hidden_size)
-        )
-        return out + self.o_bias[...][None, None] if self.config.out_bias else out
+        with jax.named_scope("out"):
+            # One contracted axis, not three: XLA:CPU would transpose the weight in every step (16 of 97 ms, 12 layers).
+            out = jnp.einsum(
+                "rtn,nd->rtd", out.reshape(*out.shape[:2], -1), self.o[...].reshape(-1, self.config.hidden_size)
+            )
+            return out + self.o_bias[...][None, None] if self.config.out_bias else out
 
 
 class Mlp(nnx.Module):
@@ -112,17 +114,22 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """x [R, T, D] -> [R, T, D]."""
+        with jax.named_scope("up"):
+            y = self._up(x)
+        with jax.named_scope("down"):
+            y = jnp.einsum("rtf,fd->rtd", y, self.down[...])
+            return y + self.down_bias[...][None, None] if self.config.mlp_bias else y
+
+    def _up(self, x: Array) -> Array:
+        """To [R, T, F], through the activation."""
         activation = ACTIVATIONS[self.config.activation]
-        if self.config.gated_mlp:
-            y = jnp.einsum("rtd,dzf->rtzf", x, self.gate_up[...])
-            if self.config.mlp_bias:
-                y = y + self.gate_up_bias[...][None, None]
-            y = activation(y[:, :, 0]) * y[:, :, 1]
-        else:
+        if not self.config.gated_mlp:
             y = jnp.einsum("rtd,df->rtf", x, self.up[...])
-            y = activation(y + self.up_bias[...][None, None] if self.config.mlp_bias else y)
-        y = jnp.einsum("rtf,fd->rtd", y, self.down[...])
-        return y + self.down_bias[...][None, None] if self.config.mlp_bias else y
+            return activation(y + self.up_bias[...][None, None] if self.config.mlp_bias else y)
+        y = jnp.einsum("rtd,dzf->rtzf", x, self.gate_up[...])
+        if self.config.mlp_bias:
+            y = y + self.gate_up_bias[...][None, None]
+        return activation(y[:, :, 0]) * y[:, :, 1]
 
 
 class Layer(nnx.Module):
