@@ -31,7 +31,12 @@ test: $(VENV)/.dev  ## Run the tests
 	@$(PY) -m pytest -n 2 -m "not slow" --ignore tests/test_processes.py
 	@$(PY) -m pytest tests/test_processes.py  # starts ten processes of its own
 
-test-all: $(VENV)/.dev  ## Also those that are slow: kernels that no model uses yet, more interpreted cases, benchmark scripts
+$(VENV)/.eval: $(VENV)/.dev
+	@echo "installing the evaluation harness into $(VENV)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,eval]'
+	@touch $@
+
+test-all: $(VENV)/.eval  ## Also those that are slow: kernels that no model uses yet, more interpreted cases, benchmark scripts
 	@$(PY) -m pytest -n 2
 
 check: $(VENV)/.dev  ## Lint, types, and the import contracts

@@ -17,7 +17,8 @@ from typing import Annotated, Any
 import typer
 
 from jaxserve.cli.command import epilog, run_script
-from jaxserve.evaluation.command import ReportFlags, begin, finish
+from jaxserve.evaluation.command import begin, finish
+from jaxserve.evaluation.flags import ReportFlags
 from jaxserve.evaluation.plots import Plot, Theme
 from jaxserve.evaluation.result import Check, Figure, Table, read_result, value_text
 from jaxserve.evaluation.statistics import ratio_interval

@@ -12,54 +12,37 @@ Fairness is Jain's index over the share of the speed that requests would have ha
 from __future__ import annotations
 
 import asyncio
-import math
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from bench_workload import Machine
-from request_trace import arrival_times
 from tqdm import tqdm
 
-from jaxserve import LLM, AsyncLLM, SamplingParams
+from jaxserve import LLM, AsyncLLM
 from jaxserve.cli.command import epilog, run_script
 from jaxserve.cli.options import EngineFlags
 from jaxserve.cli.output import seconds_text, watched
 from jaxserve.evaluation.clients import Call, Load, alone, closed_loop, fairness, open_loop, speeds
-from jaxserve.evaluation.command import ReportFlags, begin, engine_options, finish
+from jaxserve.evaluation.command import begin, engine_options, finish
 from jaxserve.evaluation.engines import mesh_of, mesh_sizes, open_llm, random_prompts, reserve_devices
-from jaxserve.evaluation.plots import Plot, Theme, bars, cumulative, limit_line
+from jaxserve.evaluation.flags import PredictionFlags, ReportFlags
+from jaxserve.evaluation.latencies import draw_latencies, latencies, latency_figures
+from jaxserve.evaluation.plots import Plot, Theme, bars, limit_line
+from jaxserve.evaluation.predictions import predict, prediction_table
 from jaxserve.evaluation.result import Check, Figure, Result, Table
+from jaxserve.evaluation.same_tokens import Difference, differences, offline_batch, token_check, wrong
+from jaxserve.evaluation.statistics import statistic
+from jaxserve.evaluation.traces import arrival_times
+from sharding.planner import Workload
 
 QUESTION = "What do concurrent callers get, and does each get a fair part?"
 SIZES = {"short": (8, 8), "medium": (32, 16), "long": (96, 32)}
 """Tokens of prompt and answer."""
 LOADS = ("closed:8", "poisson:70%")
 OFFLINE = "offline batch"
-TIE_NATS = 0.25
-"""In 16 bits, other batch shapes round otherwise, and what is closer than this may be chosen either way: the demo
-model's log-probabilities in bfloat16 are off by up to 0.2 nats (scripts/verify.py). In float32 nothing may differ."""
-TOP_LOGPROBS = 20
-
-
-@dataclass(frozen=True)
-class Difference:
-    """An answer that is not the batch's, from a token on."""
-
-    load: str
-    call: int
-    position: int
-    """Of the first token that differs, in the answer."""
-    margin: float
-    """Nats between the two tokens, asked again; infinite where one is not among the likeliest."""
-    allowed: float
-
-    @property
-    def is_tie(self) -> bool:
-        return self.margin <= self.allowed
 
 
 @dataclass(frozen=True)
@@ -73,16 +56,11 @@ class Measured:
     alone: dict[str, float]
     loads: dict[str, list[Load]]
 
+    differences: list[Difference] = field(default_factory=list)
+
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.tokens))
-
-    differences: list[Difference]
-
-    @property
-    def wrong(self) -> list[Difference]:
-        """Those that no tie explains."""
-        return [d for d in self.differences if not d.is_tie]
 
     def shares(self, name: str) -> dict[str, dict[str, float]]:
         """By tenant and by size."""
@@ -100,6 +78,7 @@ class Measured:
 )
 def concurrent_requests(
     engine: EngineFlags,
+    prediction: PredictionFlags,
     report: ReportFlags,
     load: Annotated[
         list[str] | None,
@@ -129,6 +108,7 @@ def concurrent_requests(
     calls = _calls(llm, requests, tenants, engine.seed)
     found = _measure(llm, calls, kinds, repeats, engine.seed)
     _fill(result, found, least_fairness)
+    _predict(result, found, options, prediction.gpu)
     result.samples = {
         "other_cores": machine.other_cores(),
         "alone_seconds": found.alone,
@@ -154,10 +134,10 @@ def _calls(llm: LLM, count: int, tenants: int, seed: int) -> list[Call]:
 
 
 def _measure(llm: LLM, calls: list[Call], kinds: Sequence[str], repeats: int, seed: int) -> Measured:
-    batches = [_offline(llm, calls) for _ in range(1 + repeats)][1:]  # the first one warms up
+    batches = [offline_batch(llm, calls) for _ in range(1 + repeats)][1:]  # the first one warms up
     rate = len(calls) / float(np.median([seconds for seconds, _ in batches]))
     times = {kind: _times(kind, rate, len(calls), repeats, seed) for kind in kinds}
-    measured = Measured(calls, batches[0][1], [seconds for seconds, _ in batches], {}, {kind: [] for kind in kinds}, [])
+    measured = Measured(calls, batches[0][1], [seconds for seconds, _ in batches], {}, {kind: [] for kind in kinds})
 
     async def run() -> None:
         async with AsyncLLM.from_engine(llm.engine) as clients:
@@ -177,41 +157,8 @@ def _measure(llm: LLM, calls: list[Call], kinds: Sequence[str], repeats: int, se
                         )
 
     asyncio.run(run())
-    measured.differences.extend(_differences(llm, measured))
+    measured.differences.extend(differences(llm, calls, measured.tokens, measured.loads))
     return measured
-
-
-def _differences(llm: LLM, found: Measured) -> list[Difference]:
-    allowed = TIE_NATS if llm.engine.runner.params[0].dtype.itemsize < 4 else 0.0
-    differences = []
-    for name, loads in found.loads.items():
-        for answer in (a for load in loads for a in load.answers):
-            batch = found.tokens[answer.call]
-            if answer.tokens != batch:
-                pairs = enumerate(zip(answer.tokens, batch, strict=False))
-                at = next((i for i, (a, b) in pairs if a != b), min(len(answer.tokens), len(batch)))
-                margin = math.inf
-                if at < min(len(answer.tokens), len(batch)):
-                    before = [*found.calls[answer.call].prompt, *batch[:at]]
-                    margin = _margin(llm, before, answer.tokens[at], batch[at])
-                differences.append(Difference(name, answer.call, at, margin, allowed))
-    return differences
-
-
-def _margin(llm: LLM, before: list[int], a: int, b: int) -> float:
-    """Nats between two tokens as the next one."""
-    params = SamplingParams(temperature=0, max_tokens=1, logprobs=TOP_LOGPROBS, ignore_eos=True, detokenize=False)
-    (entry,) = llm.generate([before], params, use_tqdm=False)[0].outputs[0].logprobs or [{}]
-    return abs(entry[a].logprob - entry[b].logprob) if {a, b} <= set(entry) else math.inf
-
-
-def _offline(llm: LLM, calls: Sequence[Call]) -> tuple[float, list[list[int]]]:
-    llm.reset_prefix_cache()
-    start = time.perf_counter()
-    outputs = llm.generate(
-        [c.prompt for c in calls], [c.params for c in calls], tenant=[c.tenant for c in calls], use_tqdm=False
-    )
-    return time.perf_counter() - start, [o.outputs[0].token_ids for o in outputs]
 
 
 def _num_clients(kind: str) -> int:
@@ -256,21 +203,9 @@ def _fill(result: Result, found: Measured, least: float) -> None:
             note = f"Jain's index over {len(shares)} {what} of the mean share of the speed that they would have alone"
             result.figures.append(Figure(_fair(name, what), fairness(shares), "", note, better="higher"))
         result.checks.append(_fair_check(name, found.shares(name)["tenants"], least))
-    result.checks.insert(0, _token_check(found))
-    result.tables.append(_table(found))
-
-
-def _token_check(found: Measured) -> Check:
-    wrong, ties = found.wrong, len(found.differences) - len(found.wrong)
     compared = sum(len(load.answers) for loads in found.loads.values() for load in loads)
-    detail = f"{len(wrong)} of {compared} answers differ"
-    if wrong:
-        first = wrong[0]
-        detail += f", first {first.load}, call {first.call}, token {first.position} by {first.margin:.2g} nats"
-    if ties:
-        detail += f"; {ties} more from a token on where two are within {TIE_NATS:g} nats"
-    names = tuple(sorted({_throughput(d.load) for d in wrong}))
-    return Check("tokens are those of the offline batch", not wrong, detail, names)
+    result.checks.insert(0, token_check(found.differences, compared, _throughput("{load}")))
+    result.tables.append(_table(found))
 
 
 def _fair(load: str, what: str) -> str:
@@ -290,21 +225,12 @@ def _fair_check(name: str, shares: dict[str, float], least: float) -> Check:
 
 def _load_figures(name: str, loads: Sequence[Load], total: int, simulated: bool) -> list[Figure]:
     answers = [a for load in loads for a in load.answers]
-    kinds = {
-        "first token": ([[a.first] for a in answers], "from when a request was due to its first token"),
-        "between tokens": ([a.gaps for a in answers if a.gaps], "from token to token; tokens that come at once: 0"),
-        "whole answer": ([[a.whole] for a in answers], "from when a request was due to its last token"),
-    }
     rate = [[total / load.seconds] for load in loads]
     how = f"output tokens from the first call to the last token; median of {len(loads)} runs"
-    figures = [Figure.of(_throughput(name), rate, "median", "tok/s", how, better="higher", simulated=simulated)]
-    for kind, (groups, what) in kinds.items():
-        for of in ("median", "p90", "p99"):
-            note = f"{what}, as its client saw it; {len(answers)} requests of {len(loads)} runs"
-            figures.append(
-                Figure.of(f"{name}: {kind}, {of}", groups, of, "s", note, better="lower", simulated=simulated)
-            )
-    return figures
+    return [
+        Figure.of(_throughput(name), rate, "median", "tok/s", how, better="higher", simulated=simulated),
+        *latency_figures(name, answers, ("median", "p90", "p99"), len(loads), simulated),
+    ]
 
 
 def _table(found: Measured) -> Table:
@@ -313,13 +239,35 @@ def _table(found: Measured) -> Table:
     ]
     for name, loads in found.loads.items():
         answers = [a for load in loads for a in load.answers]
-        kinds = ([a.first for a in answers], [g for a in answers for g in a.gaps], [a.whole for a in answers])
-        seen = [" / ".join(seconds_text(float(np.percentile(v, p))) for p in (50, 99)) for v in kinds]
+        kinds = latencies(answers).values()
+        seen = [" / ".join(seconds_text(statistic(of, groups)) for of in ("median", "p99")) for groups in kinds]
         rate = found.num_tokens / float(np.median([load.seconds for load in loads]))
         indices = [f"{fairness(shares):.3f}" for shares in found.shares(name).values()]
         rows.append((name, f"{rate:,.0f} tok/s", *seen, *indices))
     header = ("load", "output", "first token p50 / p99", "between p50 / p99", "answer p50 / p99", "tenants", "sizes")
     return Table("Loads", header, rows)
+
+
+def _predict(result: Result, found: Measured, options: dict[str, Any], gpu: str) -> None:
+    """The same loads on GPUs, as if their requests were all of the mean size."""
+    predictions = {name: predict(options, gpu, _workload(found, name)) for name in found.loads}
+    for name, prediction in predictions.items():
+        result.figures += prediction.figures(f"{name}: ")
+    table = prediction_table(gpu, [*predictions.values()])
+    rows = [(name, *row) for name, row in zip(predictions, table.rows, strict=True)]
+    result.tables.append(Table(table.title, ("load", *table.header), rows))
+
+
+def _workload(found: Measured, name: str) -> Workload:
+    """Of a closed loop, as many at once as it has clients; of an open one, the rate at which they were due."""
+    lengths = [(len(call.prompt), call.num_tokens) for call in found.calls]
+    prompt, answer = (max(1, round(float(mean))) for mean in np.mean(lengths, axis=0))
+    if name.startswith("closed"):
+        return Workload(prompt, answer, concurrency=_num_clients(name))
+    seconds = float(np.mean([max(a.due for a in load.answers) for load in found.loads[name]]))
+    if not seconds:
+        return Workload(prompt, answer, concurrency=len(found.calls))
+    return Workload(prompt, answer, rate=len(found.calls) / seconds)
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------
@@ -330,23 +278,16 @@ def _plots(found: Measured, result: Result, least: float) -> list[Plot]:
     names = list(found.loads)
 
     def draw_latency(axes: Sequence[Any], theme: Theme) -> None:
-        answers = {name: [a for load in loads for a in load.answers] for name, loads in found.loads.items()}
-        panels = (
-            ("first token", {n: np.array([a.first for a in of]) for n, of in answers.items()}),
-            ("between tokens", {n: np.array([g for a in of for g in a.gaps if g > 0]) for n, of in answers.items()}),
-            ("whole answer", {n: np.array([a.whole for a in of]) for n, of in answers.items()}),
+        draw_latencies(
+            axes, theme, {name: [a for load in of for a in load.answers] for name, of in found.loads.items()}
         )
-        for panel, (kind, series) in zip(axes, panels, strict=True):
-            cumulative(panel, theme, {n: 1e3 * v for n, v in series.items() if len(v)}, "milliseconds")
-            panel.set_title(kind)
-        axes[0].set_ylabel("share")
 
     def draw_throughput(axes: Sequence[Any], theme: Theme) -> None:
         (panel,) = axes
         rates = [found.offline, *([load.seconds for load in found.loads[name]] for name in names)]
         values = [found.num_tokens / float(np.median(seconds)) for seconds in rates]
-        wrong = {1 + names.index(name) for name in {d.load for d in found.wrong}}
-        bars(panel, theme, [OFFLINE, *names], {"output": values}, lambda _, i: i in wrong)
+        bad = {1 + names.index(name) for name in {d.load for d in wrong(found.differences)}}
+        bars(panel, theme, [OFFLINE, *names], {"output": values}, lambda _, i: i in bad)
         panel.set(ylabel="output tokens per second")
 
     def draw_fairness(axes: Sequence[Any], theme: Theme) -> None:

@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
-from request_trace import Arrival, add_trace_arguments, make_trace, read_trace, tenant_rates, write_trace
 from schedule_log import RunLog
 from schedule_report import Parser, add_output_arguments, check_plot, duration, show
 from simulated_engine import SETTINGS, Fit, Setting, StepTime, fit_step_time, settings_of, simulate
 from tqdm import tqdm
 
 from jaxserve.config import SchedulerConfig
+from jaxserve.evaluation.traces import Arrival, TraceShape, read_trace, tenant_rates, write_trace
 from jaxserve.recording import Recording
 
 EXAMPLES = """examples:
@@ -76,8 +76,46 @@ def _parser() -> Parser:
     return parser
 
 
+def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("arrivals")
+    group.add_argument("--requests", type=int, default=TraceShape.requests, help="how many (%(default)s)")
+    group.add_argument(
+        "--arrivals",
+        metavar="PROCESS",
+        default=TraceShape.arrivals,
+        help="poisson:RATE or uniform:RATE (per second), burst:N@PERIOD (N at once, every PERIOD seconds), or all "
+        "(at once); %(default)s",
+    )
+    lengths = "fixed:N, uniform:A-B or lognormal:MEDIAN,SIGMA (of the logarithm)"
+    group.add_argument("--prompt-len", metavar="LENGTH", default=TraceShape.prompt_len, help=f"tokens: {lengths}")
+    group.add_argument("--output-len", metavar="LENGTH", default=TraceShape.output_len, help="the same")
+    group.add_argument(
+        "--longest",
+        type=int,
+        default=TraceShape.longest,
+        help="most tokens of a prompt, and of an output (%(default)s)",
+    )
+    group.add_argument(
+        "--shared-prefix", metavar="N:SHARE", help="N more tokens, the same ones, before this share of the prompts"
+    )
+    group.add_argument(
+        "--tenants",
+        metavar="NAME=SHARE[:RATE],...",
+        help="shares of the arrivals; RATE: most tokens per second under the fair policy",
+    )
+    group.add_argument("--priorities", metavar="P=SHARE,...", help="the same for priorities (lower goes first)")
+    group.add_argument("--seed", type=int, default=TraceShape.seed)
+    group.add_argument("--trace", metavar="FILE.jsonl", type=Path, help="read them instead (format above)")
+    group.add_argument("--write-trace", metavar="FILE.jsonl", type=Path, help="keep them for --trace")
+
+
+def trace_shape(args: argparse.Namespace) -> TraceShape:
+    """As the arguments say."""
+    return TraceShape(**{field.name: getattr(args, field.name) for field in fields(TraceShape)})
+
+
 def run(args: argparse.Namespace) -> None:
-    trace = read_trace(args.trace) if args.trace else make_trace(args)
+    trace = read_trace(args.trace) if args.trace else trace_shape(args).draw()
     if args.write_trace:
         write_trace(trace, args.write_trace)
     fitted = _fitted(args.fit) if args.fit else None

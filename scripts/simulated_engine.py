@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from request_trace import Arrival
 from schedule_log import RunLog, WatchedScheduler, recorded_run
 
 from jaxserve.config import (
@@ -22,6 +21,7 @@ from jaxserve.config import (
     decode_buckets,
     token_buckets,
 )
+from jaxserve.evaluation.traces import Arrival
 from jaxserve.outputs import RequestMetrics
 from jaxserve.recording import Recording
 from jaxserve.request import Request

@@ -21,10 +21,17 @@ import typer
 
 from jaxserve.cli.command import epilog, run_script
 from jaxserve.cli.output import bytes_text, seconds_text
-from jaxserve.evaluation.command import ReportFlags, begin, finish
+from jaxserve.evaluation.command import begin, finish
 from jaxserve.evaluation.engine_trace import WAIT, Cause, EngineTraceFile, Event, Journey, num_tokens
+from jaxserve.evaluation.flags import ReportFlags
 from jaxserve.evaluation.plots import Plot, Theme
-from jaxserve.evaluation.profile import Operation, busy_seconds, collective_seconds, collective_share, read_operations
+from jaxserve.evaluation.profile import (
+    Operation,
+    collective_seconds,
+    collective_share,
+    read_operations,
+    typical_seconds,
+)
 from jaxserve.evaluation.result import Check, Figure, Result, Table
 
 QUESTION = "Where does the time go, and what would have to change?"
@@ -212,10 +219,10 @@ def _phase_text(found: EngineTraceFile, journey: Journey, phase: Event) -> str:
 
 
 def _add_profile(result: Result, operations: Sequence[Operation], uneven: float) -> None:
-    busy, links = busy_seconds(operations), collective_seconds(operations)
+    busy, links = typical_seconds(operations), collective_seconds(operations)
     middle = median_low(busy.values())  # of two, the quicker one
     slow = [device for device, seconds in busy.items() if seconds > uneven * middle]
-    how = "union of its operations in the profile, without collectives"
+    how = "operations in the profile but for collectives, each as quick as in a quarter of its runs"
     result.figures += [Figure(_device(device), seconds, "s", how, better="lower") for device, seconds in busy.items()]
     waits = "union of its collectives in the profile: data, and waiting for other ranks"
     result.figures += [Figure(f"device {d}: collectives", s, "s", waits, better="lower") for d, s in links.items()]

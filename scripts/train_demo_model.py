@@ -1,6 +1,6 @@
 """Train the demo model that ships in the wheel: Llama-shaped, 2.9M parameters, on CPU, without downloads.
 
-It learns a few skills that can be scored exactly (see ``demo_data.SKILLS``) and some English and Python from
+It learns a few skills that can be scored exactly (see ``evaluation.tasks.skills``) and some English and Python from
 the installation's own standard library. The forward pass is the project's ``Decoder``.
 """
 
@@ -35,6 +35,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from jaxserve.evaluation.tasks.skills import HELD_OUT_PERCENT, SKILLS, held_out_cases
 from jaxserve.layers.attention import dense_causal_attention
 from jaxserve.models.config import DecoderConfig, LayerConfig, RopeConfig
 from jaxserve.models.decoder import Decoder
@@ -333,7 +334,7 @@ def train(model: Model, params: Params, packer: data.Packer, recipe: Recipe, arg
             save_checkpoint(checkpoint, run, params, state)
         if run.seconds - last_check > args.check_every:
             last_check = run.seconds
-            scores = {skill: scorer.exact_match(params, skill, 60, chat=False) for skill in data.SKILLS}
+            scores = {skill: scorer.exact_match(params, skill, 60, chat=False) for skill in SKILLS}
             line = "  ".join(f"{skill} {score:.0%}" for skill, score in scores.items())
             tqdm.write(f"[{run.seconds / 60:5.1f} min, step {run.step}] {line}", file=sys.stderr)
     bar.close()
@@ -356,7 +357,7 @@ class Scorer:
         One forward pass over question and right answer decides it: greedy decoding gives that answer if and
         only if each of its tokens is the most likely one after those before it.
         """
-        cases = data.held_out_cases(skill, count, seed)
+        cases = held_out_cases(skill, count, seed)
         pairs = [data.chat_form(c.wordings[0], c.answer) if chat else data.plain_form(c) for c in cases]
         encoded = self.tokenizer.encode_batch([s.text for pair in pairs for s in pair], add_special_tokens=False)
         ids = np.zeros((count, 96), np.int32)
@@ -399,7 +400,7 @@ def evaluate(scorer: Scorer, params: Params, corpus: data.Corpus, cases: int) ->
     """Exact match per skill and form, loss on held-out text, and some completions."""
     params = rounded(params)
     match: dict[str, dict[str, float]] = {}
-    for skill in tqdm(data.SKILLS, desc="scoring", file=sys.stderr):
+    for skill in tqdm(SKILLS, desc="scoring", file=sys.stderr):
         match[skill] = {
             "plain": scorer.exact_match(params, skill, cases, chat=False, seed=1),
             "chat": scorer.exact_match(params, skill, cases, chat=True, seed=1),
@@ -434,7 +435,7 @@ def write_model(
 def model_card(model: Model, params: Params, run: Run, scores: Mapping[str, Any], size: int) -> str:
     config = model.config
     count, cores = sum(p.size for p in params.values()), jax.device_count()
-    examples = {skill: data.held_out_cases(skill, 1, seed=2)[0] for skill in data.SKILLS}
+    examples = {skill: held_out_cases(skill, 1, seed=2)[0] for skill in SKILLS}
     rows = "\n".join(
         f"| {name} | `{examples[name].wordings[0]}` | `{examples[name].answer}` | {s['plain']:.1%} | {s['chat']:.1%} |"
         for name, s in scores["exact_match"].items()
@@ -462,10 +463,10 @@ Prompts are `Q: 17 + 25?` and on the next line `A:` (the answer ends with a newl
 
 ## Data
 
-- Skills: questions made by a generator, with their exact answers. {data.HELD_OUT_PERCENT} % of all possible
+- Skills: questions made by a generator, with their exact answers. {HELD_OUT_PERCENT} % of all possible
   cases, chosen by a hash of what is asked, are never trained on in any wording.
 - English and Python: the {data.library_name()} (sources, docstrings, `pydoc_data`, text files), under
-  the PSF license; mail and web addresses replaced. {data.HELD_OUT_PERCENT} % of the files are held out.
+  the PSF license; mail and web addresses replaced. {HELD_OUT_PERCENT} % of the files are held out.
 
 ## Training
 

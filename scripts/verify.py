@@ -23,7 +23,6 @@ from jaxserve.cli.options import EngineFlags
 from jaxserve.cli.output import progress
 from jaxserve.commands.generate import read_prompts
 from jaxserve.evaluation.agreement import (
-    Choice,
     LayerErrors,
     Logprobs,
     compare_layers,
@@ -33,8 +32,16 @@ from jaxserve.evaluation.agreement import (
     sequence_of,
     serve,
 )
-from jaxserve.evaluation.command import ReportFlags, begin, engine_options, finish
+from jaxserve.evaluation.agreement_report import (
+    SMALLEST_SHOWN,
+    agreement_checks,
+    agreement_figures,
+    choice_table,
+    logprob_plot,
+)
+from jaxserve.evaluation.command import begin, engine_options, finish
 from jaxserve.evaluation.engines import mesh_of, mesh_sizes, open_llm, random_prompts, reserve_devices
+from jaxserve.evaluation.flags import ReportFlags
 from jaxserve.evaluation.plots import Plot, Theme, limit_line
 from jaxserve.evaluation.reference import PlainModel
 from jaxserve.evaluation.result import Check, Figure, Table
@@ -45,7 +52,7 @@ QUESTION = "Does this mesh compute what the checkpoint says?"
 PROMPTS = Path(__file__).parent / "demo_prompts.jsonl"
 RANDOM_LENGTHS = (5, 33, 70, 100)
 """Beside the texts: shorter and longer than a KV block, and long enough for several chunks."""
-SMALLEST_SHOWN = 1e-8
+WORST = "worst layer error"
 MOST_NAMES = 14
 """Of layers, beside each other in a plot."""
 
@@ -81,9 +88,9 @@ def verify(
     )
     logprobs, choices = compare_logprobs(outputs, exact, rounded), other_choices(outputs, exact)
     layers = _layers(llm, plain, max((sequence_of(o) for o in outputs), key=len))
-    result.figures += _figures(logprobs, choices, layers)
-    result.checks += _checks(logprobs, choices, layers)
-    result.tables += [_layer_table(layers), *_choice_table(choices)]
+    result.figures += [*agreement_figures(logprobs, choices), _layer_figure(layers)]
+    result.checks += [*agreement_checks(logprobs, choices), _layer_check(layers)]
+    result.tables += [_layer_table(layers), *choice_table(choices)]
     result.samples = {"logprobs": logprobs.to_json(), "layers": vars(layers), "other_choices": [*map(vars, choices)]}
     finish(result, _plots(logprobs, layers), report)
 
@@ -108,69 +115,16 @@ def _layers(llm: LLM, plain: PlainModel, sequence: list[int]) -> LayerErrors:
     return compare_layers(llm.layer_digests(sequence), exact, off, float(jnp.finfo(dtype).eps))
 
 
-def _figures(logprobs: Logprobs, choices: Sequence[Choice], layers: LayerErrors) -> list[Figure]:
-    by_request = [logprobs.error[logprobs.request == i].tolist() for i in range(int(logprobs.request.max()) + 1)]
-    how = (
-        f"|served - plain| of {len(logprobs.error):,} log-probabilities: the token there and the likeliest, each place"
-    )
-    dtype = "the plain forward in the served dtype against float32, on the same entries"
-    return [
-        Figure.of("largest log-probability error", by_request, "max", "nats", f"largest {how}", better="lower"),
-        Figure.of("mean log-probability error", by_request, "mean", "nats", f"mean {how}", better="lower"),
-        Figure("largest rounding of log-probabilities", float(logprobs.rounding.max()), "nats", f"largest of {dtype}"),
-        Figure("mean rounding of log-probabilities", float(logprobs.rounding.mean()), "nats", f"mean of {dtype}"),
-        Figure(
-            "greedy tokens that differ",
-            len(choices),
-            "",
-            "tokens that are not the likeliest of the plain forward, given the same tokens before",
-            better="lower",
-        ),
-        Figure(
-            "worst layer error",
-            layers.error[layers.worst],
-            "",
-            f"{layers.name(layers.worst)}: its output's mean, rms or largest value on the longest sequence, relative",
-            better="lower",
-        ),
-    ]
+def _layer_figure(layers: LayerErrors) -> Figure:
+    how = f"{layers.name(layers.worst)}: its output's mean, rms or largest value on the longest sequence, relative"
+    return Figure(WORST, layers.error[layers.worst], "", how, better="lower")
 
 
-def _checks(logprobs: Logprobs, choices: Sequence[Choice], layers: LayerErrors) -> list[Check]:
-    worst, allowed = float(logprobs.error.max()), logprobs.tolerance
-    at, mean = int(logprobs.error.argmax()), float(logprobs.error.mean())
-    where = f"request {logprobs.request[at]}, position {logprobs.position[at]}"
-    wrong = [c for c in choices if not c.margin <= 2 * allowed]
-    ties = f", {len(choices) - len(wrong)} where it is as good as a tie" if len(choices) > len(wrong) else ""
+def _layer_check(layers: LayerErrors) -> Check:
     bad, place = layers.first_bad, layers.worst
     error = f"{layers.error[place]:.2g} in {layers.name(place)}, {layers.tolerance:.2g} allowed"
     begins = "" if bad is None else f"; it begins in {layers.name(bad)}"
-    return [
-        Check(
-            "log-probabilities are the checkpoint's",
-            worst <= allowed,
-            f"off by up to {worst:.2g} nats ({where}), {allowed:.2g} allowed",
-            ("largest log-probability error",),
-        ),
-        Check(
-            "log-probabilities are right on average",
-            mean <= logprobs.mean_tolerance,
-            f"off by {mean:.2g} nats on average, {logprobs.mean_tolerance:.2g} allowed",
-            ("mean log-probability error",),
-        ),
-        Check(
-            "greedy tokens are the checkpoint's",
-            not wrong,
-            f"{len(wrong)} of {_num_generated(logprobs)} others than the plain forward's{ties}",
-            ("greedy tokens that differ",),
-        ),
-        Check("every layer is right", bad is None, f"off by up to {error}{begins}", ("worst layer error",)),
-    ]
-
-
-def _num_generated(logprobs: Logprobs) -> int:
-    places = np.stack([logprobs.request, logprobs.position])[:, logprobs.generated]
-    return np.unique(places, axis=1).shape[1]
+    return Check("every layer is right", bad is None, f"off by up to {error}{begins}", (WORST,))
 
 
 def _layer_table(layers: LayerErrors) -> Table:
@@ -182,28 +136,10 @@ def _layer_table(layers: LayerErrors) -> Table:
     return Table("Layers", ("layer", "served", "rounding alone", "allowed"), rows, bad)
 
 
-def _choice_table(choices: Sequence[Choice]) -> list[Table]:
-    rows = [(str(c.request), str(c.position), str(c.served), str(c.plain), f"{c.margin:.2g} nats") for c in choices]
-    header = ("request", "position", "served", "plain forward", "which it prefers by")
-    return [Table("Greedy tokens that differ", header, rows)] if rows else []
-
-
 # -- plots -------------------------------------------------------------------------------------------------------------
 
 
 def _plots(logprobs: Logprobs, layers: LayerErrors) -> list[Plot]:
-    def draw_logprobs(axes: Sequence[Any], theme: Theme) -> None:
-        (panel,) = axes
-        error, bad = np.maximum(logprobs.error, SMALLEST_SHOWN), ~(logprobs.error <= logprobs.tolerance)
-        kinds = (("prompt", ~logprobs.generated), ("generated", logprobs.generated))
-        for k, (name, of) in enumerate(kinds):
-            panel.scatter(logprobs.position[of], error[of], s=9, color=theme.series(k), label=name, linewidths=0)
-        if bad.any():
-            panel.scatter(logprobs.position[bad], error[bad], s=12, color=theme.bad, label="too far off", linewidths=0)
-        limit_line(panel, theme, logprobs.tolerance, "allowed")
-        panel.set(yscale="log", xlabel="position in the sequence", ylabel="nats")
-        panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-
     def draw_layers(axes: Sequence[Any], theme: Theme) -> None:
         (panel,) = axes
         error = np.maximum(layers.error, SMALLEST_SHOWN)
@@ -227,13 +163,7 @@ def _plots(logprobs: Logprobs, layers: LayerErrors) -> list[Plot]:
         panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
     return [
-        Plot(
-            "logprobs",
-            "Log-probabilities, served against plain",
-            "Every compared log-probability: how far the served one is from the plain float32 forward's. "
-            f"Differences under {SMALLEST_SHOWN:g} are drawn there.",
-            draw_logprobs,
-        ),
+        logprob_plot(logprobs),
         Plot(
             "layers",
             "Layers, served against plain",

@@ -101,6 +101,11 @@ class MeshConfig:
     def __str__(self) -> str:
         return ",".join(f"{axis}={getattr(self, axis)}" for axis in MESH_AXES)
 
+    @property
+    def short(self) -> str:
+        """Without the axes of size 1, like "pp=2,tp=4"."""
+        return ",".join(f"{a}={getattr(self, a)}" for a in MESH_AXES if getattr(self, a) > 1) or "one device"
+
     @classmethod
     def parse(cls, text: str) -> MeshConfig:
         """Read ``"dp=2,tp=4"``; an axis that is not named has size 1."""

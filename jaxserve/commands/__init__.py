@@ -12,12 +12,13 @@ import typer
 
 from jaxserve.cli.command import add_command, examples, run
 from jaxserve.commands.audit import audit
-from jaxserve.commands.bench import latency, throughput
+from jaxserve.commands.bench import latency, startup, throughput
 from jaxserve.commands.chat import chat
 from jaxserve.commands.convert import convert
 from jaxserve.commands.generate import generate
 from jaxserve.commands.info import info
 from jaxserve.commands.plan import plan
+from jaxserve.evaluation.scaling import scaling
 
 app = typer.Typer(
     name="jaxserve",
@@ -37,6 +38,8 @@ add_command(app, plan)
 add_command(app, audit)
 add_command(bench, throughput)
 add_command(bench, latency)
+add_command(bench, startup)
+add_command(bench, scaling)
 app.add_typer(bench, name="bench")
 
 

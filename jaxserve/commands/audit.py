@@ -11,7 +11,7 @@ import typer
 from jaxserve.cli.command import epilog
 from jaxserve.cli.options import Json, ModelFlags
 from jaxserve.cli.output import bytes_text, count_text, print_json, print_pairs, print_table, progress, seconds_text
-from jaxserve.commands.plan import axes_of, mesh_text
+from jaxserve.commands.plan import axes_of
 from jaxserve.engine_args import EngineArgs
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _print(run: DryRun, programs: Sequence[Program], memory: Memory | None) -> N
     devices = f"{run.mesh.num_devices} simulated CPU devices" if run.cluster is None else str(run.cluster)
     name = run.runner.attention.name
     print_pairs(
-        f"{run.files.directory.name} on {devices}, {mesh_text(run.mesh)}",
+        f"{run.files.directory.name} on {devices}, {run.mesh.short}",
         {
             "weights": f"{bytes_text(run.weights)} per device in {run.runner.params[0].dtype}",
             "attention": f"{name} ({PLAIN})" if name == "reference" else name,

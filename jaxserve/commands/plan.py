@@ -252,7 +252,7 @@ def _print_plans(plans: Sequence[Plan]) -> None:
     rows = [
         [
             str(i),
-            mesh_text(p.mesh) + (f" (+{p.padding:.0%} padding)" if p.padding > SHOWN_PADDING else ""),
+            p.mesh.short + (f" (+{p.padding:.0%} padding)" if p.padding > SHOWN_PADDING else ""),
             bytes_text(p.memory.needed),
             count_text(p.kv_tokens),
             seconds_text(p.ttft),
@@ -269,7 +269,7 @@ def _print_plans(plans: Sequence[Plan]) -> None:
 
 def _print_comparisons(plan: Plan, comparisons: Sequence[Comparison]) -> None:
     typer.echo("")
-    typer.echo(f"{mesh_text(plan.mesh)}, compiled: per device, a loop's body counted once")
+    typer.echo(f"{plan.mesh.short}, compiled: per device, a loop's body counted once")
     rows = [
         [c.what, bytes_text(c.predicted), bytes_text(c.compiled), f"{c.error:+.1%}", "" if c.holds else "OFF"]
         for c in comparisons
@@ -284,11 +284,6 @@ def axes_of(mesh: MeshConfig) -> dict[str, int]:
     return {axis: getattr(mesh, axis) for axis in MESH_AXES}
 
 
-def mesh_text(mesh: MeshConfig) -> str:
-    """Without the axes of size 1."""
-    return ",".join(part for part in str(mesh).split(",") if not part.endswith("=1")) or "one GPU"
-
-
 def _print_rejections(rejected: Sequence[Rejection]) -> None:
     """The meshes of each reason together; of each cause the three that are likely to be closest."""
     grouped: dict[str, dict[str, list[Rejection]]] = {}
@@ -297,7 +292,7 @@ def _print_rejections(rejected: Sequence[Rejection]) -> None:
     for cause, reasons in grouped.items():
         ordered = sorted(reasons.items(), key=lambda item: _how_far(cause, item[1][0].mesh))
         for reason, same in ordered[:MOST_REASONS]:
-            meshes = "; ".join(mesh_text(r.mesh) for r in same[:MOST_REASONS])
+            meshes = "; ".join(r.mesh.short for r in same[:MOST_REASONS])
             more = f" and {len(same) - MOST_REASONS} more" if len(same) > MOST_REASONS else ""
             typer.echo(f"not {meshes}{more}: {reason}")
         left = sum(len(same) for _, same in ordered[MOST_REASONS:])

@@ -30,6 +30,7 @@ class Call:
     tenant: str
     size: str
     """Its class."""
+    priority: int = 0
 
     @property
     def params(self) -> SamplingParams:
@@ -84,7 +85,20 @@ async def closed_loop(llm: AsyncLLM, calls: Sequence[Call], num_clients: int, no
     queues: dict[str, list[int]] = defaultdict(list)
     for i, call in enumerate(calls):
         queues[call.tenant].append(i)
-    tenants, start = list(queues), time.perf_counter()
+    each = list(queues.values())
+    return await _by_clients(llm, calls, [each[k % len(each)] for k in range(max(num_clients, len(each)))], note)
+
+
+async def shared_queue(llm: AsyncLLM, calls: Sequence[Call], num_clients: int, note: Callable[[], Any]) -> Load:
+    """``num_clients`` ask one call after the other, in their order, whoever's they are."""
+    return await _by_clients(llm, calls, [list(range(len(calls)))] * num_clients, note)
+
+
+async def _by_clients(
+    llm: AsyncLLM, calls: Sequence[Call], queues: Sequence[list[int]], note: Callable[[], Any]
+) -> Load:
+    """One client for each of ``queues``, some of which may be the same."""
+    start = time.perf_counter()
 
     async def client(mine: list[int]) -> list[Answer]:
         answers = []
@@ -94,16 +108,24 @@ async def closed_loop(llm: AsyncLLM, calls: Sequence[Call], num_clients: int, no
             note()
         return answers
 
-    return await _gather([client(queues[tenants[k % len(tenants)]]) for k in range(max(num_clients, len(tenants)))])
+    return await _gather([client(queue) for queue in queues])
 
 
-async def open_loop(llm: AsyncLLM, calls: Sequence[Call], times: Sequence[float], note: Callable[[], Any]) -> Load:
-    """Each call at its time."""
-    start = time.perf_counter()
+async def open_loop(
+    llm: AsyncLLM,
+    calls: Sequence[Call],
+    times: Sequence[float],
+    note: Callable[[], Any],
+    max_concurrency: int | None = None,
+) -> Load:
+    """Each call at its time, or as soon after it as fewer than ``max_concurrency`` are under way: its times count from
+    when it was due all the same."""
+    start, places = time.perf_counter(), asyncio.Semaphore(max_concurrency or len(calls))
 
     async def client(i: int) -> list[Answer]:
         await asyncio.sleep(start + times[i] - time.perf_counter())
-        answer = await _ask(llm, i, calls[i], start, times[i])
+        async with places:
+            answer = await _ask(llm, i, calls[i], start, times[i])
         note()
         return [answer]
 
@@ -122,7 +144,7 @@ async def alone(llm: AsyncLLM, call: Call, repeats: int) -> float:
 
 async def _ask(llm: AsyncLLM, index: int, call: Call, start: float, due: float) -> Answer:
     answer = Answer(index, due, [], [])
-    async for output in llm.generate(call.prompt, call.params, tenant=call.tenant):
+    async for output in llm.generate(call.prompt, call.params, tenant=call.tenant, priority=call.priority):
         tokens = output.outputs[0].token_ids
         answer.times.extend([time.perf_counter() - start] * len(tokens))
         answer.tokens.extend(tokens)

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from jaxserve.cli.options import EngineFlags, Json
+from jaxserve.cli.options import EngineFlags
 from jaxserve.cli.output import print_json, print_table, watched
 from jaxserve.evaluation.environment import environment
+from jaxserve.evaluation.flags import ReportFlags
 from jaxserve.evaluation.plots import Plot, require_matplotlib
 from jaxserve.evaluation.report import FILE_NAME, write_report
 from jaxserve.evaluation.result import Result
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportFlags:
-    """Where results go."""
-
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="For result.json, report.html and plots; made if missing.")
-    ] = Path("report")
-    as_json: Json = False
 
 
 def engine_options(engine: EngineFlags, **more: Any) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from jaxserve.engine_args import EngineArgs
 from sharding.mesh import MESH_AXES, MeshConfig
 from sharding.platform import use_cpu_without_gpus
 
+PARALLEL = ("tensor", "data", "pipeline", "decode_context")
+"""What the sizes of a mesh are called among the arguments of ``LLM``: NAME_parallel_size."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -41,6 +44,11 @@ def mesh_of(options: dict[str, Any]) -> MeshConfig:
     return resolve_mesh(EngineArgs.of(**options))
 
 
+def on_mesh(options: dict[str, Any], mesh: MeshConfig) -> dict[str, Any]:
+    """The same options on another mesh."""
+    return options | {"mesh": mesh} | {f"{axis}_parallel_size": 1 for axis in PARALLEL}
+
+
 def mesh_sizes(mesh: MeshConfig) -> dict[str, int]:
     return dict(zip(MESH_AXES, mesh.shape, strict=True))
 
@@ -48,12 +56,17 @@ def mesh_sizes(mesh: MeshConfig) -> dict[str, int]:
 def reserve_devices(count: int) -> None:
     """On a CPU, simulate so many devices: their number is fixed when jax starts, so the largest mesh comes first.
     ValueError where there are fewer."""
+    there = start_devices(count)
+    if there < count:
+        raise ValueError(f"the mesh needs {count} devices, this process has {there}")
+
+
+def start_devices(count: int) -> int:
+    """How many devices there are; on a CPU as many as wanted, unless jax has started."""
     use_cpu_without_gpus()
     with suppress(RuntimeError):  # jax has its devices already
         jax.config.update("jax_num_cpu_devices", count)
-    there = len(jax.devices())
-    if there < count:
-        raise ValueError(f"the mesh needs {count} devices, this process has {there}")
+    return len(jax.devices())
 
 
 def weight_bytes(llm: LLM) -> dict[int, int]:

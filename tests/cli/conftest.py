@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from command_line import TEMPLATE, Result, Run
 
-import jaxserve.commands.measure as measure
+import jaxserve.evaluation.engines
 import jaxserve.llm
 from jaxserve import LLM
 from jaxserve.commands import main
@@ -41,7 +41,7 @@ def made(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]
         return tiny_llm
 
     monkeypatch.setattr(jaxserve.llm, "LLM", make)
-    monkeypatch.setattr(measure, "LLM", make)
+    monkeypatch.setattr(jaxserve.evaluation.engines, "LLM", make)
     return asked
 
 

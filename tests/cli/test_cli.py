@@ -20,7 +20,8 @@ from jaxserve.cli.options import EngineFlags, cache_directory
 from jaxserve.commands import main
 from jaxserve.engine_args import EngineArgs
 
-COMMANDS = [["generate"], ["chat"], ["convert"], ["info"], ["plan"], ["bench", "throughput"], ["bench", "latency"]]
+BENCH = ["throughput", "latency", "startup", "scaling"]
+COMMANDS = [["generate"], ["chat"], ["convert"], ["info"], ["plan"], *(["bench", name] for name in BENCH)]
 
 
 # -- help and errors -----------------------------------------------------------------------------------------------

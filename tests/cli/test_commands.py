@@ -1,4 +1,4 @@
-"""chat, info, convert and bench."""
+"""chat, info and convert."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ import jax
 import pytest
 from command_line import GREEDY, TEMPLATE, Run
 
-import jaxserve.commands.measure as measure
 from jaxserve import LLM, SamplingParams
 from jaxserve.build import ModelFiles, load_model
 from jaxserve.cli.output import bytes_text, count_text, jsonable, seconds_text
-from jaxserve.commands.bench import parse_range
 from jaxserve.commands.chat import Conversation
 from jaxserve.engine_args import EngineArgs
 from jaxserve.sampling_params import RequestOutputKind
@@ -154,50 +152,7 @@ def test_convert_writes_a_checkpoint_once(run: Run, tiny_model: Path, tmp_path: 
     assert (again.code, "is not an empty directory" in again.err) == (2, True)
 
 
-# -- bench ---------------------------------------------------------------------------------------------------------
-
-
-def test_throughput(run: Run, made: list[dict[str, Any]], tiny_model: Path) -> None:
-    options = ["--model", tiny_model, "--num-prompts", "6", "--input-len", "3-40", "--output-len", "2-9"]
-    report = json.loads(run("bench", "throughput", *options, "--repeats", "2", "--json").out)
-    assert len(report["runs"]) == 2
-    assert report["preemptions"] == 0
-    assert 0 < report["host_share"] < 1
-    assert 0 < report["padding_share"] < 1
-    assert report["output_tokens_per_second"] > 0
-    assert report["programs"] > 0
-    assert made[0]["skip_tokenizer_init"]
-    text = run("bench", "throughput", *options, "--repeats", "1").out
-    assert "6 requests" in text
-    assert "tok/s" in text
-
-
-def test_latency_and_its_floor(
-    run: Run, made: list[dict[str, Any]], tiny_llm: LLM, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measure, "read_bandwidth", lambda device: 1e9)
-    options = ["--model", tiny_model, "--input-len", "8", "--output-len", "5", "--repeats", "2"]
-    report = json.loads(run("bench", "latency", *options, "--json").out)
-    arrays = {x.shape: x.nbytes for x in jax.tree.leaves(tiny_llm.engine.runner.params)}
-    total = sum(x.nbytes for x in jax.tree.leaves(tiny_llm.engine.runner.params))
-    embedding = (tiny_llm.engine.runner.decoder.vocab_size, 64)
-    assert report["weight_bytes_read"] == total - arrays[embedding]
-    assert report["floor_seconds"] == report["weight_bytes_read"] / 1e9
-    assert 0 < report["token_seconds_median"] <= report["token_seconds_p90"]
-    assert len(report["ttft"]) == 2
-    assert "× the floor" in run("bench", "latency", *options).out
-
-
-def test_read_bandwidth_is_measured() -> None:
-    assert measure.read_bandwidth(jax.devices()[0], 1 << 22) > 1e8
-
-
-def test_ranges() -> None:
-    assert parse_range("--input-len", "128") == (128, 128)
-    assert parse_range("--input-len", "1-2") == (1, 2)
-    for wrong in ("", "0", "-3", "3-", "a", "5-4"):
-        with pytest.raises(ValueError, match="--input-len"):
-            parse_range("--input-len", wrong)
+# -- what all of them write ----------------------------------------------------------------------------------------
 
 
 def test_numbers_for_people() -> None:

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from jax.sharding import NamedSharding, PartitionSpec
 from test_paged_attention import CASES, Case, Sequence, batches, dense, make_problem, programs, solve
 
-from pallas_kernels.dispatch import PAGED_ATTENTION
+from pallas_kernels.dispatch import PAGED_ATTENTION, paged_attention
 from pallas_kernels.kv_write import HeadNorm, Inputs
 from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Setting, Shape, triton
 from sharding import aot, build_mesh
 from sharding.audit import Audit, audit
-from sharding.hardware import Cluster
+from sharding.hardware import GPUS, Cluster
 from sharding.mesh import MeshConfig
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
@@ -259,9 +259,31 @@ TARGETS = [
 
 
 def compiled(target: Target, attention: PagedAttention, num_layers: int = 1) -> tuple[Any, Audit]:
-    """A decode and a mixed step in one program for one GPU. Each has caches of its own: nothing in it would keep the
-    second step's writes from overtaking what the first one reads, except for copies."""
-    mesh = build_mesh(MeshConfig(), aot.devices(Cluster.parse(f"{target.gpu}:1")))
+    """A decode and a mixed step in one program for one GPU."""
+    return compiled_together([target], attention, num_layers, {} if target.spills else NO_SPILLS)
+
+
+def compiled_together(
+    targets: Listing[Target], attention: PagedAttention, num_layers: int, options: dict[str, Any]
+) -> tuple[Any, Audit]:
+    """The steps of several targets of one GPU in one program, which costs less than one for each."""
+    (gpu,) = {target.gpu for target in targets}
+    mesh = build_mesh(MeshConfig(), aot.devices(Cluster.parse(f"{gpu}:1")))
+    functions, keys, values, batches = zip(*(steps(t, attention, num_layers, mesh) for t in targets), strict=True)
+
+    def run(keys: Any, values: Any, batches: Any) -> Any:
+        parts = [f(*of_target) for f, *of_target in zip(functions, keys, values, batches, strict=True)]
+        return tuple(zip(*parts, strict=True))
+
+    with jax.set_mesh(mesh), aot.not_cached():
+        lowered = jax.jit(run, donate_argnums=(0, 1)).lower(list(keys), list(values), list(batches))
+        program = lowered.compile(compiler_options=aot.COMPILER_OPTIONS | options)
+    return program, audit(program, mesh, ("keys", "values"))
+
+
+def steps(target: Target, attention: PagedAttention, num_layers: int, mesh: Any) -> tuple[Any, Any, Any, Any]:
+    """A function and its arguments: caches, and the batches of a decode and a mixed step. Each has caches of its own:
+    nothing in it would keep the second step's writes from overtaking what the first one reads, except for copies."""
     scoring = Scoring(target.head_dim**-0.5)
     kinds = (Shape(16, one_token_each=True), Shape(16, window=500))
 
@@ -274,7 +296,7 @@ def compiled(target: Target, attention: PagedAttention, num_layers: int = 1) -> 
         tables = array((NUM_SEQS, TABLE_WIDTH), jnp.int32)
         return array(heads, target.dtype), Ragged(tokens, array((NUM_SEQS + 1,), jnp.int32), seqs, tables, tokens)  # pyright: ignore
 
-    def steps(keys: list[list[Any]], values: list[list[Any]], batches: list[tuple[Any, Ragged]]) -> Any:
+    def run(keys: list[list[Any]], values: list[list[Any]], batches: list[tuple[Any, Ragged]]) -> Any:
         outs = []
         for shape, ks, vs, (qkv, ragged) in zip(kinds, keys, values, batches, strict=True):
             plan = attention.plan(ragged, qkv.shape[0], shape)
@@ -289,11 +311,7 @@ def compiled(target: Target, attention: PagedAttention, num_layers: int = 1) -> 
 
     shapes = attention.cache_shapes(target.num_blocks, 16, KV_HEADS, target.head_dim)
     keys, values = ([[array(shape, target.kv_dtype)] * num_layers for _ in kinds] for shape in shapes)
-    options = aot.COMPILER_OPTIONS | ({} if target.spills else NO_SPILLS)
-    with jax.set_mesh(mesh), aot.not_cached():
-        lowered = jax.jit(steps, donate_argnums=(0, 1)).lower(keys, values, [batch(NUM_SEQS), batch(256)])
-        program = lowered.compile(compiler_options=options)
-    return program, audit(program, mesh, ("keys", "values"))
+    return run, keys, values, [batch(NUM_SEQS), batch(256)]
 
 
 @needs_compiler
@@ -304,11 +322,36 @@ def test_it_compiles_without_register_spills(target: Target) -> None:
     assert all(p.aliased for p in found.parameters if p.name.startswith(("keys", "values")))
 
 
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+CHOSEN = [
+    (gpu, dtype, kv_dtype)
+    for gpu in ("a100", "h100")
+    for dtype in ("float32", "bfloat16", "float16")
+    for kv_dtype in (dtype, *(("int8", "float8_e4m3fn") if dtype == "bfloat16" else ()))
+    if (gpu, kv_dtype) != ("a100", "float8_e4m3fn")  # which dispatch refuses
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("gpu", "dtype", "kv_dtype"), CHOSEN, ids="-".join)
+def test_all_that_is_chosen_compiles(gpu: str, dtype: str, kv_dtype: str) -> None:
+    """Attention and KV write of every head_dim. An H200's programs are an H100's: the same chip."""
+    assert replace(GPUS["h200"].chip, name="") == replace(GPUS["h100"].chip, name="")
+    setting = Setting("gpu", GPUS[gpu].chip.capability, dtype, kv_dtype, 64, 4, 16)
+    assert {paged_attention(setting._replace(head_dim=h)).name for h in HEAD_DIMS} == {"triton"}
+    targets = [Target(gpu, dtype, kv_dtype, head_dim) for head_dim in HEAD_DIMS]
+    program, found = compiled_together(targets, triton.IMPLEMENTATION, 1, {})
+    assert found.copies == ()
+    kernels = Counter(re.findall(r'/(\w+)/pallas_call"', program.as_text()))
+    assert min(kernels["kv_write"], kernels["attend"]) >= 2 * len(HEAD_DIMS)
+
+
 @needs_compiler
 def test_two_layers_have_no_spills_and_write_in_place() -> None:
     program, found = compiled(H200, triton.IMPLEMENTATION, num_layers=2)
     assert found.copies == ()
-    of_layers = [f"{side}[{step}][{layer}]" for side in ("keys", "values") for step in range(2) for layer in range(2)]
+    sides, steps_and_layers = ("keys", "values"), [(step, layer) for step in range(2) for layer in range(2)]
+    of_layers = [f"{side}[0][{step}][{layer}]" for side in sides for step, layer in steps_and_layers]
     assert [p.name for p in found.parameters if p.aliased] == of_layers
     kernels = Counter(re.findall(r'/(\w+)/pallas_call"', program.as_text()))
     assert set(kernels) == {"kv_write", "attend", "merge"}

@@ -16,12 +16,15 @@ import pytest
 from recorded_runs import Call
 
 from jaxserve import LLM
+from jaxserve.config import SchedulerConfig
 from jaxserve.evaluation.agreement import LayerErrors
 from jaxserve.evaluation.clients import Load
 from jaxserve.evaluation.engines import Loaded, open_llm, weight_bytes
 from jaxserve.evaluation.environment import git_revision
 from jaxserve.evaluation.result import Figure, Result
 from jaxserve.evaluation.statistics import jain_index, ratio_interval, statistic
+from jaxserve.request import Request
+from jaxserve.scheduler import Policy
 
 LIMITS = (
     *("--skip-tokenizer-init", "--compilation-cache-dir", "none", "--block-size", "4", "--max-model-len", "128"),
@@ -109,7 +112,7 @@ def test_tensor_parallel(call: Call, flags: list[str | Path], tmp_path: Path, mo
     figures = {f["name"]: f for f in result["figures"]}
     assert figures["tp=2: collectives per layer, decode[tokens=4, seqs=4]"]["value"] == 2
     assert figures["tp=2: load time"]["simulated"] and not figures["tp=1: load time"]["simulated"]
-    assert figures["tp=2: answers equal to one rank's"]["value"] == 5
+    assert figures["tp=2: answers equal to tp=1's"]["value"] == 5
     held = result["samples"]["tp=2"]["weights"]
     assert len(held) == 2 and len(set(held.values())) == 1
 
@@ -120,7 +123,7 @@ def test_tensor_parallel(call: Call, flags: list[str | Path], tmp_path: Path, mo
             runner.params[place] = jax.device_put(runner.params[place], runner.mesh.devices.flat[0])
         return weight_bytes(llm)
 
-    plant(monkeypatch, "tensor_parallel", "weight_bytes", unequal)
+    plant(monkeypatch, "jaxserve.evaluation.mesh_runs", "weight_bytes", unequal)
     code, _, err = call("tensor_parallel", *arguments)
     assert code == 1 and err.startswith("FAILED: tp=2: every device holds the same weights")
     page = written(tmp_path)[1]
@@ -131,7 +134,7 @@ def test_tensor_parallel(call: Call, flags: list[str | Path], tmp_path: Path, mo
 def test_concurrent_requests(
     call: Call, flags: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it should be; then with a wrong token; then with a tenant who waits."""
+    """As it should be; then with a wrong token."""
     few_programs(monkeypatch, "concurrent_requests")
     script = import_module("concurrent_requests")
     plant(monkeypatch, "concurrent_requests", "SIZES", {"short": (3, 3), "long": (20, 6)})
@@ -144,24 +147,55 @@ def test_concurrent_requests(
     assert set(runs) == {"closed:3", "poisson:80%", "burst:4@0.01"}
     assert all([a["call"] for a in run["answers"]] == [*range(8)] for of in runs.values() for run in of)
     assert not any(f["simulated"] for f in result["figures"])
+    figures = {f["name"] for f in result["figures"]}
+    assert {f"{name}: predicted for 1×H100: first token" for name in runs} <= figures
     due = sorted(a["due"] for a in runs["burst:4@0.01"][0]["answers"])
     assert due == pytest.approx([0.0] * 4 + [0.01] * 4)
 
     real = script.closed_loop
-    faults: list[tuple[str, Callable[[Any], Any]]] = [
-        ("tokens are those of the offline batch", lambda a: replace(a, tokens=[*a.tokens[:-1], a.tokens[-1] ^ 1])),
-        ("closed:3: tenants are served alike", lambda a: replace(a, times=[t + 60 for t in a.times])),
-    ]
-    for check, fault in faults:
 
-        async def faulty(llm: Any, calls: Any, *rest: Any, fault: Callable[[Any], Any] = fault) -> Load:
-            load = await real(llm, calls, *rest)
-            return replace(load, answers=[fault(a) if calls[a.call].tenant == "tenant 1" else a for a in load.answers])
+    async def faulty(llm: Any, calls: Any, *rest: Any) -> Load:
+        load = await real(llm, calls, *rest)
+        first = load.answers[0]
+        wrong = replace(first, tokens=[*first.tokens[:-1], first.tokens[-1] ^ 1])
+        return replace(load, answers=[wrong, *load.answers[1:]])
 
-        plant(monkeypatch, "concurrent_requests", "closed_loop", faulty)
-        code, _, err = call("concurrent_requests", *arguments, "--load", "closed:3")
-        assert code == 1 and len(err.splitlines()) == 1 and err.startswith(f"FAILED: {check}"), err
-        assert "<tr class='failed'>" in written(tmp_path)[1]
+    plant(monkeypatch, "concurrent_requests", "closed_loop", faulty)
+    code, _, err = call("concurrent_requests", *arguments, "--load", "closed:3")
+    assert code == 1 and len(err.splitlines()) == 1
+    assert err.startswith("FAILED: tokens are those of the offline batch: 1 of 8 answers differ, first closed:3")
+    assert "<tr class='failed'><td>closed:3: throughput</td>" in written(tmp_path)[1]
+
+
+class TenantLast(Policy):
+    """Serves one tenant when nobody else is there."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+
+    def lane(self, request: Request) -> str:
+        return request.tenant
+
+    def rank(self, request: Request) -> tuple[Any, ...]:
+        return (request.tenant == "tenant 1", request.arrival)
+
+
+def test_an_unfair_policy_is_found(
+    call: Call, flags: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many more requests at once than there is room for: who is served last waits for everybody else."""
+    few_programs(monkeypatch, "concurrent_requests")
+    monkeypatch.setitem(FEW, "decode_buckets", (2,))
+    plant(monkeypatch, "concurrent_requests", "SIZES", {"short": (3, 32)})
+    load = "burst:40@1000"
+    crowd = ["--max-num-seqs", "2", "--requests", "40", "--tenants", "2", "--repeats", "1", "--load", load]
+    judged = f"<tr class='failed'><td>{load}: fairness over tenants</td>"
+    for policy, expected in (("fair", 0), (f"{__name__}:{TenantLast.__name__}", 1)):
+        code, _, err = call("concurrent_requests", *flags, *crowd, "--scheduling-policy", policy)
+        assert code == expected
+        assert (judged in written(tmp_path)[1]) == bool(code)
+        assert err.startswith(f"FAILED: {load}: tenants are served alike: Jain's index" if code else "")
+        assert len(err.splitlines()) == code
 
 
 @pytest.mark.parametrize("load", ["foo:3", "closed:x", "poisson:-1", "burst:4", "poisson:x%"])

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import request_trace
 import simulated_engine
 from recorded_runs import Call, Recorded
-from request_trace import Arrival, make_trace, read_trace, write_trace
 from schedule_log import RunLog, WatchedScheduler, recorded_run
 from schedule_report import Timeline, largest_gap, latencies, percentiles, summary
+from simulate_scheduler import add_trace_arguments, trace_shape
 from simulated_engine import Setting, StepTime, fit_log, fit_step_time, settings_of, simulate
 
 from jaxserve.config import SchedulerConfig
+from jaxserve.evaluation.traces import Arrival, arrival_times, lengths, read_trace, write_trace
 from jaxserve.recording import RecordedScheduler, Recording
 from jaxserve.request import Status
 
@@ -28,9 +28,9 @@ FAST = ["--step-time", "2e-3,3e-5,4e-7", "--requests", "60", "--prompt-len", "un
 
 def trace(*flags: str) -> list[Arrival]:
     parser = argparse.ArgumentParser()
-    request_trace.add_trace_arguments(parser)
+    add_trace_arguments(parser)
     default = ["--requests", "150", "--prompt-len", "lognormal:40,0.7", "--output-len", "uniform:1-40"]
-    return make_trace(parser.parse_args([*default, "--longest", "150", "--arrivals", "poisson:40", *flags]))
+    return trace_shape(parser.parse_args([*default, "--longest", "150", "--arrivals", "poisson:40", *flags])).draw()
 
 
 def setting(step_time: StepTime = TIMES, host_time: float = 0.0, **texts: str) -> Setting:
@@ -248,10 +248,10 @@ def test_prefixes_are_shared() -> None:
 
 def test_arrival_processes() -> None:
     rng = np.random.default_rng(0)
-    assert request_trace.arrival_times("burst:3@2")(rng, 7).tolist() == [0, 0, 0, 2, 2, 2, 4]
-    assert request_trace.arrival_times("uniform:4")(rng, 3).tolist() == [0, 0.25, 0.5]
-    assert request_trace.arrival_times("poisson:8")(rng, 4000)[-1] == pytest.approx(500, rel=0.1)
-    assert np.median(request_trace.lengths("lognormal:100,0.5", "")(rng, 4001)) == pytest.approx(100, rel=0.1)
+    assert arrival_times("burst:3@2")(rng, 7).tolist() == [0, 0, 0, 2, 2, 2, 4]
+    assert arrival_times("uniform:4")(rng, 3).tolist() == [0, 0.25, 0.5]
+    assert arrival_times("poisson:8")(rng, 4000)[-1] == pytest.approx(500, rel=0.1)
+    assert np.median(lengths("lognormal:100,0.5", "")(rng, 4001)) == pytest.approx(100, rel=0.1)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

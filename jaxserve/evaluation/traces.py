@@ -1,8 +1,12 @@
-"""Who comes when, with how many tokens: drawn from a seed, or read from a file."""
+"""Who comes when, with how many tokens: drawn from a seed, or read from a file.
+
+A trace file has one JSON object per line: "arrival" (seconds), "prompt_tokens", "output_tokens", and if wished
+"tenant", "priority", "prefix" (requests with the same one begin with the same tokens) and "prefix_tokens" (how many;
+part of "prompt_tokens").
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -100,59 +104,46 @@ def write_trace(arrivals: list[Arrival], path: Path) -> None:
 # -- drawing -----------------------------------------------------------------------------------------------------------
 
 
-def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("arrivals")
-    group.add_argument("--requests", type=int, default=1000, help="how many (1000)")
-    group.add_argument(
-        "--arrivals",
-        metavar="PROCESS",
-        default="poisson:10",
-        help="poisson:RATE or uniform:RATE (per second), burst:N@PERIOD (N at once, every PERIOD seconds), or all "
-        "(at once); poisson:10",
-    )
-    lengths = "fixed:N, uniform:A-B or lognormal:MEDIAN,SIGMA (of the logarithm)"
-    group.add_argument("--prompt-len", metavar="LENGTH", default="lognormal:256,0.8", help=f"tokens: {lengths}")
-    group.add_argument("--output-len", metavar="LENGTH", default="lognormal:128,0.6", help="the same")
-    group.add_argument("--longest", type=int, default=8192, help="most tokens of a prompt, and of an output (8192)")
-    group.add_argument(
-        "--shared-prefix", metavar="N:SHARE", help="N more tokens, the same ones, before this share of the prompts"
-    )
-    group.add_argument(
-        "--tenants",
-        metavar="NAME=SHARE[:RATE],...",
-        help="shares of the arrivals; RATE: most tokens per second under the fair policy",
-    )
-    group.add_argument("--priorities", metavar="P=SHARE,...", help="the same for priorities (lower goes first)")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--trace", metavar="FILE.jsonl", type=Path, help="read them instead (format above)")
-    group.add_argument("--write-trace", metavar="FILE.jsonl", type=Path, help="keep them for --trace")
+@dataclass(frozen=True, kw_only=True)
+class TraceShape:
+    """What to draw. ``arrival_times`` and ``lengths`` read the texts; ValueError names the option that is wrong."""
 
+    requests: int = 1000
+    arrivals: str = "poisson:10"
+    prompt_len: str = "lognormal:256,0.8"
+    output_len: str = "lognormal:128,0.6"
+    longest: int = 8192
+    """Most tokens of a prompt, and of an output."""
+    shared_prefix: str | None = None
+    tenants: str | None = None
+    priorities: str | None = None
+    seed: int = 0
 
-def make_trace(args: argparse.Namespace) -> list[Arrival]:
-    """Each property is drawn from numbers of its own, so that changing one leaves the others."""
-    count = args.requests
-    if count < 1:
-        raise ValueError(f"--requests {count}: at least 1")
-    rngs = iter(np.random.default_rng(args.seed).spawn(6))
-    times = arrival_times(args.arrivals)(next(rngs), count)
-    prompts = _clipped(lengths(args.prompt_len, "--prompt-len")(next(rngs), count), args.longest)
-    outputs = _clipped(lengths(args.output_len, "--output-len")(next(rngs), count), args.longest)
-    tenants = _choose(tenant_shares(args.tenants), next(rngs), count)
-    priorities = _choose(priority_shares(args.priorities), next(rngs), count)
-    size, share = shared_prefix(args.shared_prefix)
-    has_prefix = next(rngs).random(count) < share
-    return [
-        Arrival(
-            arrival=float(times[i]),
-            prompt_tokens=int(prompts[i]) + size * bool(has_prefix[i]),
-            output_tokens=int(outputs[i]),
-            tenant=tenants[i],
-            priority=int(priorities[i]),
-            prefix="shared" if has_prefix[i] else None,
-            prefix_tokens=size * bool(has_prefix[i]),
-        )
-        for i in range(count)
-    ]
+    def draw(self) -> list[Arrival]:
+        """Each property is drawn from numbers of its own, so that changing one leaves the others."""
+        count = self.requests
+        if count < 1:
+            raise ValueError(f"--requests {count}: at least 1")
+        rngs = iter(np.random.default_rng(self.seed).spawn(6))
+        times = arrival_times(self.arrivals)(next(rngs), count)
+        prompts = _clipped(lengths(self.prompt_len, "--prompt-len")(next(rngs), count), self.longest)
+        outputs = _clipped(lengths(self.output_len, "--output-len")(next(rngs), count), self.longest)
+        tenants = _choose(tenant_shares(self.tenants), next(rngs), count)
+        priorities = _choose(priority_shares(self.priorities), next(rngs), count)
+        size, share = shared_prefix(self.shared_prefix)
+        has_prefix = next(rngs).random(count) < share
+        return [
+            Arrival(
+                arrival=float(times[i]),
+                prompt_tokens=int(prompts[i]) + size * bool(has_prefix[i]),
+                output_tokens=int(outputs[i]),
+                tenant=tenants[i],
+                priority=int(priorities[i]),
+                prefix="shared" if has_prefix[i] else None,
+                prefix_tokens=size * bool(has_prefix[i]),
+            )
+            for i in range(count)
+        ]
 
 
 def _clipped(values: np.ndarray, longest: int) -> np.ndarray:
