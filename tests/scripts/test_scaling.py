@@ -164,7 +164,7 @@ def test_efficiency_is_judged_on_real_devices(
         result.environment["platform"] = "gpu"
         return result
 
-    plant(monkeypatch, "jaxserve.evaluation.scaling", "begin", on_gpus)
+    plant(monkeypatch, "jaxserve.evaluation.command", "begin", on_gpus)
     code, _, err = call("scaling", *small, "--axis", "dp", "--devices", "2", "--least-efficiency", "1.5")
     assert code == 1 and err.startswith("FAILED: dp=2: weak scaling is efficient: ") and "150% wanted" in err
     assert "<tr class='failed'><td>dp=2: weak scaling, efficiency" in written(tmp_path)[1]
