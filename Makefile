@@ -37,7 +37,7 @@ $(VENV)/.eval: $(VENV)/.dev
 	@touch $@
 
 test-all: $(VENV)/.eval  ## Also those that are slow: kernels that no model uses yet, more interpreted cases, benchmark scripts
-	@$(PY) -m pytest -n 2
+	@JAXSERVE_TEST_OPTIMIZED=1 $(PY) -m pytest -n 2
 
 check: $(VENV)/.dev  ## Lint, types, and the import contracts
 	@$(VENV)/bin/ruff check .

@@ -14,13 +14,16 @@ from hypothesis import HealthCheck, settings
 from tiny_models import SMALL, Oracle, write_llama
 from tiny_tokenizers import byte_level_tokenizer
 
-from jaxserve import LLM
+from jaxserve import LLM, build
 
 REPOSITORY = Path(__file__).parent.parent
 GIB = 1 << 30
 NUM_DEVICES = 8
 MOST_MAPS = 25_000
 """Of memory, with which a process goes on to the next file as it is."""
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Options of XLA with which engines on a CPU are compiled in two thirds of the time, to slower code of the same
+program. JAXSERVE_TEST_OPTIMIZED=1 leaves them out."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,6 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # A test run that was killed may leave such a file behind. It is compiled again, with this warning.
     config.addinivalue_line("filterwarnings", "default:Error (reading|writing) persistent compilation cache")
     assert len(jax.devices("cpu")) == NUM_DEVICES  # made now, while their number can still be chosen
+    if not os.environ.get("JAXSERVE_TEST_OPTIMIZED"):
+        options = build.compiler_options
+        build.compiler_options = lambda mesh, platform, version: (
+            options(mesh, platform, version) | (QUICKLY if platform == "cpu" else {})
+        )
 
     slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
     settings.register_profile("tests", derandomize=True, deadline=None, max_examples=60, suppress_health_check=slow)

@@ -162,7 +162,7 @@ def test_under_other_policies(make_llm: MakeLLM, odd_model: Path, alone: list[Re
     llm.engine.scheduler.check_integrity()
 
 
-@pytest.mark.parametrize("kinds", ["ss", "fs"])
+@pytest.mark.parametrize("kinds", [pytest.param("ss", marks=pytest.mark.slow), "fs"])
 def test_layers_with_windows(make_llm: MakeLLM, tmp_path_factory: pytest.TempPathFactory, kinds: str) -> None:
     """Layers that look back on nine tokens hold few blocks, and the tokens are those of a run that lacks none."""
     names = {"s": "sliding_attention", "f": "full_attention"}

@@ -212,7 +212,14 @@ def test_a_norm_counts_real_entries_only() -> None:
     assert not y[:, 10:].any()
 
 
-@pytest.mark.parametrize("options", [{}, FULL, {"gated_mlp": False, "qk_norm": "head", "tied_embeddings": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param(FULL, marks=pytest.mark.slow),
+        {"gated_mlp": False, "qk_norm": "head", "tied_embeddings": True},
+    ],
+)
 def test_dummy_weights_are_of_one_model_on_every_mesh(options: dict[str, Any]) -> None:
     stored = replace(decoder(2, 3, ffn=46, **options), layers=(LayerConfig(rope=None),) * 2)
     tokens = jnp.asarray([[3, 100, 7, 50, 50, 1]])

@@ -52,7 +52,8 @@ def finish(result: Result, plots: Sequence[Plot], flags: ReportFlags) -> None:
 
 def _print(result: Result, out: Path) -> None:
     for table in result.tables:
-        print_table([table.title, *table.header[1:]], table.rows)
+        typer.echo(table.title)
+        print_table(table.header, table.rows)
     if result.figures:
         rows = [(f.name, f.text, "simulated" if f.simulated else "") for f in result.figures]
         print_table(["figure", "value", ""], rows)

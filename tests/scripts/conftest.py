@@ -6,11 +6,15 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 from recorded_runs import TIGHT, Call, Recorded, record
 
 from jaxserve import LLM
+from jaxserve.models.decoder import Decoder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
@@ -24,6 +28,21 @@ def swapping_llm(make_llm: Callable[..., LLM], odd_model: Path) -> LLM:
 def recorded(swapping_llm: LLM, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     """With steps overlapping, and preempted requests recomputed."""
     return record(swapping_llm, tmp_path_factory.mktemp("recorded") / "run.rec", async_scheduling=True)
+
+
+@pytest.fixture
+def slow_second_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline's second stage does more than it should, with the same result."""
+    real = Decoder.transform
+
+    def slowed(self: Decoder, x: jax.Array, *arguments: Any, **options: Any) -> jax.Array:
+        if self.config.num_stages > 1:
+            times = jnp.where(jax.lax.axis_index("pp") == 1, 300, 0)
+            waste = jax.lax.fori_loop(0, times, lambda _, y: jnp.sin(y), jnp.ones((1 << 16,), x.dtype))
+            x = jnp.where(waste[0] > 2, waste[0], x)  # never
+        return real(self, x, *arguments, **options)
+
+    monkeypatch.setattr(Decoder, "transform", slowed)
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import pytest
 from recorded_runs import Call
 from test_evaluation import plant, scaled, written
@@ -20,7 +18,6 @@ from jaxserve.evaluation.mesh_runs import MeshRun, answers_figure, same_tokens
 from jaxserve.evaluation.predictions import Forecast, predict, prediction_table
 from jaxserve.evaluation.profile import Operation, typical_seconds
 from jaxserve.evaluation.result import Result
-from jaxserve.models.decoder import Decoder
 from sharding.cost_model import Step
 from sharding.mesh import MeshConfig
 from sharding.planner import Workload
@@ -75,21 +72,8 @@ def test_impossible_sizes_are_shown(call: Call, small: list[str | Path], tmp_pat
     assert "Not measured" in page and any(f["name"].startswith("pp=2: slowest stage") for f in result["figures"])
 
 
-def test_scaling_finds_a_slowed_stage(
-    call: Call, small: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second stage computes more than it should, with the same result."""
-    real = Decoder.transform
-
-    def slowed(self: Decoder, x: jax.Array, *arguments: Any, **options: Any) -> jax.Array:
-        y = real(self, x, *arguments, **options)
-        if self.config.num_stages == 1:
-            return y
-        rounds = jnp.where(jax.lax.axis_index("pp") == 1, 600, 0)
-        waste = jax.lax.fori_loop(0, rounds, lambda _, z: jnp.sin(z), x)
-        return y + jnp.where(waste > 1e9, waste, jnp.zeros_like(waste))
-
-    monkeypatch.setattr(Decoder, "transform", slowed)
+@pytest.mark.usefixtures("slow_second_stage")
+def test_scaling_finds_a_slowed_stage(call: Call, small: list[str | Path], tmp_path: Path) -> None:
     code, out, err = call("scaling", *small, "--axis", "pp", "--devices", "2", "--uneven-stages", "3")
     assert code == 1 and err.startswith("FAILED: pp=2: stages take alike: stage 1 takes"), out
     assert "<tr class='failed'><td>pp=2: slowest stage over the quickest" in written(tmp_path)[1]

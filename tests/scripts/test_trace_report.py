@@ -7,15 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import pytest
-from jax import Array
 from recorded_runs import Call
 from tiny_models import SMALL, run, write_llama
 
 from jaxserve import LLM, SamplingParams
-from jaxserve.models.decoder import Decoder
 
 PARAMS = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
 PROMPTS = [[7, 8, 9] * 15, [3, 4], [5] * 33]
@@ -81,17 +77,9 @@ def test_what_it_cannot_read(call: Call, trace: Path, tmp_path: Path) -> None:
         assert code == 2 and len(err.splitlines()) == 1 and reason in err
 
 
-def test_a_slow_stage(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("slow_second_stage")
+def test_a_slow_stage(call: Call, tmp_path: Path) -> None:
     """One program runs all stages: only a profile knows which of them the others wait for."""
-    real = Decoder.transform
-
-    def slowed(self: Decoder, x: Array, *arguments: Any, **options: Any) -> Array:
-        times = jnp.where(jax.lax.axis_index("pp") == 1, 300, 0)
-        waste = jax.lax.fori_loop(0, times, lambda _, y: jnp.sin(y), jnp.ones((1 << 16,), x.dtype))
-        x = jnp.where(waste[0] > 2, waste[0], x)  # never
-        return real(self, x, *arguments, **options)
-
-    monkeypatch.setattr(Decoder, "transform", slowed)
     path = tmp_path / "trace.json"
     llm = open_llm(write_llama(tmp_path, num_hidden_layers=4), mesh="pp=2", trace=path)
     llm.start_profile(tmp_path / "profile")
