@@ -25,7 +25,7 @@ from jaxserve.cli.options import EngineFlags
 from jaxserve.evaluation.accuracy_report import Run, fill
 from jaxserve.evaluation.command import begin, engine_options, finish
 from jaxserve.evaluation.direct import Direct, compare
-from jaxserve.evaluation.engines import mesh_of, mesh_sizes, open_llm, reserve_devices
+from jaxserve.evaluation.engines import mesh_of, mesh_sizes, open_llm, own_files, reserve_devices
 from jaxserve.evaluation.flags import ReportFlags
 from jaxserve.evaluation.harness import Request, Tasks, require_harness, run_tasks
 from jaxserve.evaluation.reference import PlainModel
@@ -84,6 +84,8 @@ def evaluate(
     tasks = Tasks(tuple(task or DEMO), limit or None, num_fewshot, include_path, chat)
     ways = {BASELINE: engine} | {text: engine_flags(text, engine) for text in variant or ()}
     options = {name: _options(flags) for name, flags in ways.items()}
+    if variant:
+        options = {name: own_files(of, name) for name, of in options.items()}
     largest = max((mesh_of(o) for o in options.values()), key=lambda mesh: mesh.num_devices)
     reserve_devices(largest.num_devices)
     asked = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +20,8 @@ from jaxserve.engine_args import EngineArgs
 from sharding.mesh import MESH_AXES, MeshConfig
 from sharding.platform import use_cpu_without_gpus
 
+FILES = ("trace", "record")
+"""Options that name files which an engine writes."""
 PARALLEL = ("tensor", "data", "pipeline", "decode_context")
 """What the sizes of a mesh are called among the arguments of ``LLM``: NAME_parallel_size."""
 
@@ -44,8 +48,16 @@ def mesh_of(options: dict[str, Any]) -> MeshConfig:
     return resolve_mesh(EngineArgs.of(**options))
 
 
+def own_files(options: dict[str, Any], name: str) -> dict[str, Any]:
+    """For one of several engines: the files that it writes get its name, like trace-tp=2.json."""
+    paths = {key: Path(options[key]) for key in FILES if options.get(key) is not None}
+    slug = re.sub(r"[^\w=.,-]+", "_", name).strip("_")
+    return options | {key: str(path.with_stem(f"{path.stem}-{slug}")) for key, path in paths.items()}
+
+
 def on_mesh(options: dict[str, Any], mesh: MeshConfig) -> dict[str, Any]:
-    """The same options on another mesh."""
+    """The same options on another mesh, one of several."""
+    options = own_files(options, mesh.short)
     return options | {"mesh": mesh} | {f"{axis}_parallel_size": 1 for axis in PARALLEL}
 
 

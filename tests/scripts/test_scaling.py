@@ -13,7 +13,7 @@ from test_evaluation import plant, scaled, written
 
 from jaxserve import LLM
 from jaxserve.evaluation.command import begin
-from jaxserve.evaluation.engines import Loaded, open_llm
+from jaxserve.evaluation.engines import Loaded, on_mesh, open_llm, own_files
 from jaxserve.evaluation.mesh_runs import MeshRun, answers_figure, same_tokens
 from jaxserve.evaluation.predictions import Forecast, predict, prediction_table
 from jaxserve.evaluation.profile import Operation, typical_seconds
@@ -152,6 +152,13 @@ def test_efficiency_is_judged_on_real_devices(
     code, _, err = call("scaling", *small, "--axis", "dp", "--devices", "2", "--least-efficiency", "1.5")
     assert code == 1 and err.startswith("FAILED: dp=2: weak scaling is efficient: ") and "150% wanted" in err
     assert "<tr class='failed'><td>dp=2: weak scaling, efficiency" in written(tmp_path)[1]
+
+
+def test_each_of_several_engines_has_files_of_its_own() -> None:
+    options = {"trace": "dir/t.json", "record": None, "mesh": "dp=2"}
+    found = on_mesh(options, MeshConfig(pp=2, tp=2))
+    assert found["trace"] == "dir/t-pp=2,tp=2.json" and found["record"] is None
+    assert own_files(options, "-tp 2 --dtype float32")["trace"] == "dir/t--tp_2_--dtype_float32.json"
 
 
 def test_ties_are_no_other_tokens() -> None:

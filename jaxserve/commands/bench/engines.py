@@ -17,11 +17,13 @@ SIMULATED = "simulated on the cores of one machine: times and rates say nothing 
 
 
 class Engines:
-    """The engine of one setting after the other: kept while its options stay the same, gone before the next."""
+    """The engine of one setting after the other: kept while its options stay the same, gone before the next. Files that
+    the second one writes get a 1 behind their names, and so on."""
 
     def __init__(self, cases: Sequence[Setting]) -> None:
         self.options: dict[str, Any] | None = None
         self.llm: LLM | None = None
+        self._num_opened = 0
         self._reserve(cases)
 
     @staticmethod
@@ -35,13 +37,15 @@ class Engines:
 
     def open(self, engine: EngineFlags) -> LLM:
         """Without a tokenizer: prompts are token ids."""
-        from jaxserve.evaluation.engines import open_llm
+        from jaxserve.evaluation.engines import open_llm, own_files
 
         options = engine_options(engine)
         if self.llm is None or options != self.options:
             self.llm = None
             gc.collect()
-            self.options, self.llm = options, open_llm(options).llm
+            named = own_files(options, str(self._num_opened)) if self._num_opened else options
+            self.options, self.llm = options, open_llm(named).llm
+            self._num_opened += 1
         return self.llm
 
 

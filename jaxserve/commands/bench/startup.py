@@ -53,12 +53,14 @@ def _prompt(case: Setting) -> list[int]:
 
 
 def _measure(case: Setting, prompt: list[int]) -> Case:
+    from jaxserve.evaluation.engines import own_files
+
     start: StartupFlags = case.groups["start"]
     options = case.groups["engine"].engine_options() | {"use_tqdm_on_load": False}
     seen: dict[str, list[Startup]] = {kind: [] for kind in KINDS}
     with TemporaryDirectory() as caches:
         for i, kind in progress("processes", [(i, kind) for i in range(start.repeats) for kind in KINDS]):
-            seen[kind].append(measure_startup(options, prompt, f"{caches}/{i}"))
+            seen[kind].append(measure_startup(own_files(options, f"{kind}-{i}"), prompt, f"{caches}/{i}"))
     report = {
         "workload": vars(start),
         **{kind: {**_medians(of_kind), "total": median(s.total for s in of_kind)} for kind, of_kind in seen.items()},
