@@ -1,6 +1,12 @@
-"""What evaluation scripts are made of: measure a model on a mesh, judge it, leave a report.
+"""What evaluation scripts and ``jaxserve bench`` are made of. A script answers one question: it makes a ``Result`` with
+``command.begin``, fills it with figures, checks and tables, and ends with ``command.finish``.
 
-A script asks one question. It fills a ``result.Result`` with figures (each says how it was measured) and checks, from
-the pieces in ``engines``, ``reference``, ``agreement`` and ``clients``, and hands it with its plots to
-``command.finish``, which writes and prints it all. ``docs/evaluation.md`` shows the scripts.
+- Results: ``command flags result report plots statistics environment``.
+- Engines: ``engines`` (loading, memory, audit), ``predictions`` (of the cost model), ``mesh_runs`` (several meshes),
+  ``scaling scaling_runs scaling_report``, ``startup bandwidth``.
+- Requests: ``datasets traces`` (what is asked, and when), ``clients serving offline`` (asking), ``latencies same_tokens``
+  (what came of it), ``mixed_load timeline lanes`` (who waits for whom), ``sweep``.
+- Right numbers: ``reference agreement agreement_report`` (against a plain forward), ``harness lm_eval lm_eval_model scorer
+  direct accuracy accuracy_report variants tasks`` (lm-evaluation-harness).
+- Where the time goes: ``profile engine_trace``.
 """
