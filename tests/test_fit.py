@@ -244,6 +244,7 @@ def test_dummy_weights_are_of_one_model_on_every_mesh(options: dict[str, Any]) -
         np.testing.assert_allclose(many[..., : stored.vocab_size], one, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_dummy_engine_says_the_same_on_an_odd_mesh(odd_model: Path, make_llm: Callable[..., LLM]) -> None:
     """Log-probabilities of a prompt; greedy tokens of random weights would be decided by rounding."""
     from jaxserve import SamplingParams

@@ -112,6 +112,7 @@ def test_weights_and_blocks_are_divided(make_llm: MakeLLM, deep_model: Path) -> 
     assert len(staged.state.keys) == 3 and staged.state.keys[0].shape[0] == 2
 
 
+@pytest.mark.slow
 def test_random_weights_do_not_depend_on_the_stages(make_llm: MakeLLM, deep_model: Path) -> None:
     prompt, params = [1, 2, 3], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     answers = [
@@ -135,6 +136,7 @@ def test_what_does_not_go_with_stages(deep_model: Path, options: dict[str, Any],
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.slow
 def test_layers_of_two_kinds_line_up(tmp_path: Path, make_llm: Callable[..., LLM]) -> None:
     """In stages of two and of four, because stages of three would not."""
     write_llama(

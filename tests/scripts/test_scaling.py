@@ -64,6 +64,7 @@ def test_scaling(call: Call, small: list[str | Path], odd_model: Path, tmp_path:
     }
 
 
+@pytest.mark.slow
 def test_impossible_sizes_are_shown(call: Call, small: list[str | Path], tmp_path: Path) -> None:
     code, out, _ = call("scaling", *small, "--axis", "pp", "--devices", "4", "--uneven-stages", "3", "--json")
     assert code == 0
