@@ -44,7 +44,9 @@ from sharding.mesh import MeshConfig
 from sharding.planner import Workload
 
 QUESTION = "What does this mesh bring beside one device, and is it right?"
-DEFAULTS = EngineFlags(tensor_parallel_size=2, pipeline_parallel_size=2, dtype="float32", skip_tokenizer_init=True)
+DEFAULTS = EngineFlags(dtype="float32", skip_tokenizer_init=True)
+MESH = "pp=2,tp=2"
+"""Where none is given."""
 VERIFIED_LENGTHS = (5, 21, 40)
 """Tokens of the prompts that are held against the plain forward: one KV block, and more."""
 
@@ -90,15 +92,15 @@ def distributed_benchmark(
     engine: EngineFlags = DEFAULTS,
     clients: Annotated[int, typer.Option(min=1, help="Who ask again when they have their answer.")] = 8,
 ) -> None:
-    """One mesh against one device: right, even, how much faster, and what concurrent callers get.
+    """One mesh (pp=2,tp=2 unless given) against one device: right, even, how much faster, what concurrent callers get.
 
     Exit code 1 if log-probabilities or tokens are not the checkpoint's and one device's, if devices hold unequal
     shares, if collectives are not those expected, or a pipeline stage is slower than the others.
     """
     options = engine_options(engine)
+    if mesh_of(options).num_devices == 1:
+        options["mesh"] = MESH
     mesh = mesh_of(options)
-    if mesh.num_devices == 1:
-        raise ValueError("the mesh has one device, and is compared with one: give it more, like -tp 2")
     reserve_devices(mesh.num_devices)
     load = asked.load(engine.seed)
     found, impossible = check_places(options, places(mesh), load, mesh.num_devices)

@@ -80,7 +80,7 @@ def test_scaling_finds_a_slowed_stage(call: Call, small: list[str | Path], tmp_p
     assert "<tr class='failed'><td>pp=2: slowest stage over the quickest" in written(tmp_path)[1]
 
 
-BENCHMARK = ("-tp", "2", "-pp", "1", "--clients", "2")
+BENCHMARK = ("-tp", "2", "--clients", "2")
 
 
 def test_distributed_benchmark(call: Call, small: list[str | Path], tmp_path: Path) -> None:
@@ -125,8 +125,7 @@ def test_distributed_benchmark_finds_a_wrong_weight(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("distributed_benchmark", "-tp", "1", "-pp", "1"), "the mesh has one device"),
-        (("distributed_benchmark", "-tp", "1", "-pp", "3"), "this model has 2 layers"),
+        (("distributed_benchmark", "-pp", "3"), "this model has 2 layers"),
         (("scaling", "--axis", "cp"), "--axis cp: it is one of tp, pp, dp"),
         (("scaling", "--gpu", "h1000"), "known: a100, h100, h200, b200, l40s"),
         (("scaling", "--devices", "2", "--least-efficiency", "0.5"), "simulated devices have none worth judging"),
