@@ -248,11 +248,11 @@ def _trace(args: EngineArgs, files: ModelFiles, mesh: MeshConfig, runner: ModelR
         shape = model_shape(files.decoder, dtype, kv_dtype).fit_to(mesh)
         costs = {runner.step_name(layout): step_cost(shape, mesh, gpu, layout) for layout in runner.config.layouts}
     sinks: list[Sink] = []
+    if args.otlp_traces_endpoint is not None:
+        sinks.append(RequestSpans(args.otlp_traces_endpoint))
     if args.trace is not None:
         name, simulated = None if gpu is None else gpu.name, device.platform == "cpu"
         sinks.append(TraceFile(Path(args.trace), mesh.dp, mesh.pp, name, simulated, costs))
-    if args.otlp_traces_endpoint is not None:
-        sinks.append(RequestSpans(args.otlp_traces_endpoint))
     return EngineTrace(sinks, mesh.pp, costs)
 
 

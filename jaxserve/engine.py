@@ -151,7 +151,10 @@ class Engine:
             if completion.request.finish_reason is None:
                 self.scheduler.finish(completion.request, "abort")
                 self._note_end(completion)
-        return self._collect([group], final=True)[0]
+        output = self._collect([group], final=True)[0]
+        if not self._groups:
+            self.trace.rested()
+        return output
 
     @property
     def has_unfinished(self) -> bool:
@@ -210,6 +213,8 @@ class Engine:
         start = time.perf_counter()
         schedule = self.scheduler.schedule(time.monotonic())
         self.trace.mark("schedule")
+        if schedule.preempted:
+            self.trace.preempted(schedule.preempted)
         if schedule.swap_outs or schedule.swap_ins or schedule.dropped:
             self.runner.move_blocks(schedule.swap_outs, schedule.swap_ins, schedule.dropped)
             self.trace.mark("move blocks")
@@ -240,7 +245,7 @@ class Engine:
             self.trace.passed()
             return []
         self.trace.flush()
-        start = time.perf_counter()
+        late, start = step.pending.is_ready(), time.perf_counter()
         output = step.pending.output()
         landed = self._seen_busy = time.perf_counter()
         self.trace.mark("wait for the devices")
@@ -252,7 +257,7 @@ class Engine:
         )
         self.trace.mark("log-probabilities")
         advanced = self.scheduler.update(step.schedule, tokens)
-        self.trace.landed(advanced, start, landed)
+        self.trace.landed(advanced, landed, late)
         self.trace.mark("update")
         outputs = self._deliver(advanced)
         self.trace.mark("detokenise")

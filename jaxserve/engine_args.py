@@ -188,6 +188,13 @@ class EngineArgs:
             file = getattr(self, name)
             if file is not None and not Path(file).absolute().parent.is_dir():
                 raise ValueError(f"{name}={str(file)!r}: {Path(file).parent} is no directory")
+            if file is not None and Path(file).is_dir():
+                raise ValueError(f"{name}={str(file)!r}: it is a directory, and a file is to be written")
+        if self.trace is not None and self.record is not None and Path(self.trace) == Path(self.record):
+            raise ValueError(f"trace and record are both {str(self.trace)!r}: give each a file of its own")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_traces_endpoint={endpoint!r}: it is a URL, like http://localhost:4318/v1/traces")
         check_placement(self.coordinator, self.num_processes, self.process_id)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: it is above 0 and at most 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import time
+import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -204,6 +205,7 @@ def open_engine(args: EngineArgs) -> Engine:
         raise SystemExit(0)
     if job is not None:
         atexit.register(engine.journal.close)
+    weakref.finalize(engine, engine.trace.close)  # with the engine, or at the end of the program
     return engine
 
 

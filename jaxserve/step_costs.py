@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from jaxserve.batch import BatchLayout
 from jaxserve.trace import StepCost
 from sharding.cost_model import (
@@ -12,7 +14,6 @@ from sharding.cost_model import (
     payload_bytes,
     roofline,
     tick_collectives,
-    tick_time,
     vocabulary_work,
 )
 from sharding.hardware import GPUS, Cluster, Gpu, find_gpu
@@ -27,7 +28,7 @@ def gpu_of(device_kind: str, platform: str) -> Gpu | None:
     """Of jax's name for a device; None for a GPU that the cost model does not know."""
     if platform == "cpu":
         return find_gpu(STAND_IN)
-    return next((gpu for name, gpu in GPUS.items() if name.lower() in device_kind.lower()), None)
+    return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device_kind, re.I)), None)
 
 
 def step_of(layout: BatchLayout) -> Step:
@@ -47,7 +48,6 @@ def step_cost(shape: ModelShape, mesh: MeshConfig, gpu: Gpu, layout: BatchLayout
     times = layout.num_steps
     return StepCost(
         {",".join(axes): size * times for axes, size in payload_bytes(shape, step, mesh).items()},
-        tick_time(shape, step, mesh, cluster).seconds * times,
         (layers + around).seconds * times,
         sampling.seconds * times,
     )

@@ -1,7 +1,8 @@
 """Requests as OpenTelemetry spans, sent to a collector over OTLP/HTTP. No jax here.
 
-One span per sequence, ``llm_request``, with a child for each of its phases; attributes as the semantic conventions for
-generative AI name them (https://opentelemetry.io/docs/specs/semconv/gen-ai/), our own under ``jaxserve.``.
+One span per sequence, ``llm_request``, with a child for each of its phases. Of the attributes that the semantic
+conventions for generative AI name (https://opentelemetry.io/docs/specs/semconv/gen-ai/) it has those in ``ATTRIBUTES``
+and the finish reason; our own are under ``jaxserve.``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ ATTRIBUTES = {
     "replica": "jaxserve.replica",
 }
 FLUSH_MILLISECONDS = 5000
+MOST_QUEUED = 1 << 16
+"""Spans that wait to be sent: those of many requests come at once. What is beyond is lost, and logged."""
 
 
 class RequestSpans:
@@ -29,9 +32,7 @@ class RequestSpans:
     OpenTelemetry library."""
 
     def __init__(self, endpoint: str) -> None:
-        """NotImplementedError where the library is not installed, ValueError for what is no URL."""
-        if not endpoint.startswith(("http://", "https://")):
-            raise ValueError(f"otlp_traces_endpoint={endpoint!r}: it is a URL, like http://localhost:4318/v1/traces")
+        """NotImplementedError where the library is not installed."""
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
@@ -44,7 +45,7 @@ class RequestSpans:
         # Spans count from a clock that nobody can set; collectors want the time of day.
         self._clock_ns = time.time_ns() - time.perf_counter_ns()
         self._provider = TracerProvider(resource=Resource.create({"service.name": "jaxserve"}))
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint), max_queue_size=MOST_QUEUED))
         self._tracer = self._provider.get_tracer("jaxserve")
 
     def write(self, spans: Sequence[Span]) -> None:

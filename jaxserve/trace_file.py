@@ -16,7 +16,7 @@ FORMAT = 1
 """Of ``otherData``: goes up when what is there changes its meaning."""
 GROUPS = {HOST: "host", DEVICES: "devices", REQUESTS: "requests"}
 END = b"\n]}\n"
-_dumps = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+_dumps = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class TraceFile:
@@ -43,7 +43,7 @@ class TraceFile:
             "simulated": is_simulated,
             "programs": {name: asdict(cost) for name, cost in costs.items()},
         }
-        tracks = {(HOST, ENGINE_TRACK): "engine", (HOST, TOKENIZER_TRACK): "tokenizer"}
+        tracks, self._host_tracks = {(HOST, ENGINE_TRACK): "engine"}, {ENGINE_TRACK}
         for replica in range(num_replicas):
             for stage in range(num_stages):
                 tracks[DEVICES, 1 + replica * num_stages + stage] = f"replica {replica}, stage {stage}"
@@ -54,8 +54,23 @@ class TraceFile:
         self._append(head)
 
     def write(self, spans: Sequence[Span]) -> None:
-        if spans:
-            self._append(",\n" + ",\n".join(map(self._lines, spans)))
+        lines, ends = [], list[str]()  # the end of the request whose phases are being written
+        for span in spans:
+            if span.group == HOST and span.track not in self._host_tracks:
+                self._host_tracks.add(span.track)
+                lines.append(_metadata(HOST, span.track, "thread_name", f"tokenizer {span.track - TOKENIZER_TRACK}"))
+            if span.group != REQUESTS:
+                lines.append(self._line(span))
+                continue
+            begin, end = self._pair(span)
+            if span.name == "request":
+                lines += [*ends, begin]
+                ends = [end]
+            else:
+                lines += [begin, end]
+        lines += ends
+        if lines:
+            self._append(",\n" + ",\n".join(lines))
 
     def close(self) -> None:
         self._file.close()
@@ -67,16 +82,23 @@ class TraceFile:
         self._file.write(END)
         self._file.flush()
 
-    def _lines(self, span: Span) -> str:
-        group, track, name, start, end, args = span
-        begin, rest = int((start - self._origin) * 1e9), f'"args":{_dumps(args) if args else "{}"}'
-        duration = int((end - self._origin) * 1e9) - begin
-        if group != REQUESTS:
-            at = f'"pid":{group},"tid":{track},"ts":{begin / 1e3},"dur":{duration / 1e3}'
-            return f'{{"ph":"X","name":{_dumps(name)},{at},{rest}}}'
-        # An asynchronous pair: requests overlap, and each gets rows of its own.
-        same = f'"name":{_dumps(name)},"pid":{group},"tid":0,"cat":"request","id":{track}'
-        return f'{{"ph":"b",{same},"ts":{begin / 1e3},{rest}}},\n{{"ph":"e",{same},"ts":{(begin + duration) / 1e3}}}'
+    def _line(self, span: Span) -> str:
+        begin, duration = self._times(span)
+        at = f'"pid":{span.group},"tid":{span.track},"ts":{begin / 1e3},"dur":{duration / 1e3}'
+        return f'{{"ph":"X","name":{_dumps(span.name)},{at},"args":{_dumps(span.args) if span.args else "{}"}}}'
+
+    def _pair(self, span: Span) -> tuple[str, str]:
+        """Asynchronous events: requests overlap, and each gets rows of its own. A viewer matches ends by the order in
+        the file where times are equal, so that a request's end follows those of its phases."""
+        begin, duration = self._times(span)
+        same = f'"name":{_dumps(span.name)},"pid":{span.group},"tid":0,"cat":"request","id":{span.track}'
+        args = f'"args":{_dumps(span.args) if span.args else "{}"}'
+        return f'{{"ph":"b",{same},"ts":{begin / 1e3},{args}}}', f'{{"ph":"e",{same},"ts":{(begin + duration) / 1e3}}}'
+
+    def _times(self, span: Span) -> tuple[int, int]:
+        """Beginning and duration in whole nanoseconds, so that neighbours meet."""
+        begin = int((span.start - self._origin) * 1e9)
+        return begin, int((span.end - self._origin) * 1e9) - begin
 
 
 def _metadata(group: int, track: int, kind: str, name: str) -> str:

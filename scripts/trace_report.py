@@ -4,7 +4,7 @@ Prints what the engine's thread did, what the devices did, how long requests wai
 and names the bottleneck with its evidence; ``--request`` adds the way of one request through it all. With a profile
 (``LLM.start_profile``), each device's own time and collectives are measured: an uneven pipeline is found.
 
-    jaxserve generate --prompt "Q: 12+5=" --trace trace.json
+    jaxserve generate "Q: 12+5=" --trace trace.json
     python scripts/trace_report.py trace.json --request 0
     python scripts/trace_report.py trace.json --profile profile --out report
 """
@@ -65,8 +65,8 @@ def trace_report(
     device of the profile computes for longer than the others.
     """
     found = EngineTraceFile(trace)
-    if not found.journeys:
-        raise ValueError(f"{trace}: no request has ended in it")
+    if not found.journeys or not found.busy_seconds:
+        raise ValueError(f"{trace}: no request has been computed in it")
     chosen = _choose(found, request)
     result = begin("trace_report", QUESTION, {"trace": trace, "profile": profile}, 0, None)
     operations = None if profile is None else read_operations(profile)
@@ -85,6 +85,7 @@ def _choose(found: EngineTraceFile, request: str | None) -> Journey:
     if request is None:
         return max(found.journeys, key=lambda j: j.whole.seconds)
     names = [j.name for j in found.journeys]
+    names = names if request in names else [name.rpartition("#")[0] or name for name in names]  # an AsyncLLM's number
     if request not in names:
         listed = ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
         raise ValueError(f"--request {request}: not in {found.path}; there are {listed}")
@@ -116,7 +117,7 @@ def _figures(found: EngineTraceFile, causes: Sequence[Cause]) -> list[Figure]:
     return [
         Figure("time with something to do", busy, "s", f"{spans}, without idle", better="lower"),
         Figure("covered by spans", found.covered_share, "", f"{spans}; the rest is between them", better="higher"),
-        Figure("devices at work", found.device_seconds / busy, "", "union of their steps, of that time"),
+        Figure("devices at work", found.device_seconds / busy, "", "union of the steps that the host waited for"),
         Figure("output", tokens / busy, "tok/s", f"{tokens} tokens of {len(journeys)} sequences", better="higher"),
         Figure("requests' time in the queue", _queued(journeys), "", "of all their time", better="lower"),
         Figure.of("queued and prefill", first, "median", "s", "from arrival to the first token", better="lower"),
@@ -140,7 +141,13 @@ def _host(found: EngineTraceFile) -> Table:
     counts = {name: sum(e.name == name for e in found.engine) for name in found.host_seconds}
     tokenizing = sum(e.seconds for e in found.tokenized)
     rows = [
-        (name, seconds_text(s), f"{s / found.wall_seconds:.1%}", str(counts[name]), seconds_text(s / counts[name]))
+        (
+            name,
+            seconds_text(s),
+            f"{s / found.wall_seconds:.1%}",
+            str(counts[name]),
+            seconds_text(s / max(1, counts[name])),
+        )
         for name, s in sorted(found.host_seconds.items(), key=lambda item: -item[1])
     ]
     if found.tokenized:
@@ -167,20 +174,21 @@ def _communication(found: EngineTraceFile) -> Table:
         steps = {e.args["step"]: e for e in found.steps if e.args["program"] == name}
         cost = found.programs.get(name)
         if cost is None:
-            rows.append((name, str(len(steps)), "unknown", "", ""))
+            rows.append((name, str(len(steps)), "unknown", ""))
             continue
         carried = ", ".join(f"{bytes_text(size)} over {axes}" for axes, size in cost["collective_bytes"].items())
         predicted = seconds_text(cost["collective_seconds"]) if carried else ""
-        share = f"{cost['collective_seconds'] / cost['seconds']:.0%}" if carried else ""
-        rows.append((name, str(len(steps)), carried or "nothing", predicted, share))
+        rows.append((name, str(len(steps)), carried or "nothing", predicted))
     on = f"predicted on {found.gpu}"
-    return Table("Communication of a step", ("program", "steps", "each device sends", on, "of the step"), rows)
+    return Table("Communication of a step", ("program", "steps", "each device sends", on), rows)
 
 
 def _way(found: EngineTraceFile, journey: Journey) -> Table:
     """Of one request, in order."""
     start = journey.whole.start
-    tokenized = [e for e in found.tokenized if e.args["request"] == journey.name.partition("/")[0].partition("#")[0]]
+    whole = journey.name, journey.name.rpartition("/")[0]  # of several completions
+    callers = {*whole, *(name.rpartition("#")[0] for name in whole)}
+    tokenized = [e for e in found.tokenized if e.args["request"] in callers]
     events = [(e.start, e, f"{e.args['tokens']} tokens") for e in tokenized]
     events += [(p.start, p, _phase_text(found, journey, p)) for p in journey.phases]
     for step in found.steps:
@@ -207,7 +215,13 @@ def _way(found: EngineTraceFile, journey: Journey) -> Table:
 def _phase_text(found: EngineTraceFile, journey: Journey, phase: Event) -> str:
     if phase.name != "decode":
         return ""
-    steps = {e.args["step"]: e for e in found.steps if journey.number in e.args["decodes"]}
+    last = found.num_stages - 1
+    steps = {
+        e.args["step"]: e
+        for e in found.steps
+        if journey.number in e.args["decodes"] and (e.track - 1) % found.num_stages == last
+        if e.start < phase.end and e.end > phase.start
+    }
     if not steps:
         return "its only token came with the prompt"
     beside = sum(num_tokens(e) for e in steps.values()) / len(steps)

@@ -1,12 +1,13 @@
 """A trace that an engine wrote (``trace=FILE``), read again: whether it is whole, and where the time went.
 
 Times are in seconds since the trace began. What the host did while the devices worked costs nothing, so a bottleneck
-is looked for in the time that the devices took, and in that in which they had nothing to do.
+is looked for in the time for which the host waited for the devices' steps, and in the rest, which is the host's.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -91,12 +92,18 @@ class EngineTraceFile:
 
     @cached_property
     def tokenized(self) -> list[Event]:
-        return [e for e in self.events if (e.group, e.track) == (HOST, TOKENIZER_TRACK)]
+        return [e for e in self.events if e.group == HOST and e.track >= TOKENIZER_TRACK]
 
     @cached_property
     def steps(self) -> list[Event]:
         """Of all replicas and stages, but for what is predicted inside."""
         return [e for e in self.events if e.group == DEVICES and "step" in e.args]
+
+    @cached_property
+    def awaited(self) -> list[Event]:
+        """Steps that the host waited for. A late one was done before the host asked: what it took longer than the
+        usual one is not known, and the host's doing."""
+        return [e for e in self.steps if not e.args["late"]]
 
     @cached_property
     def journeys(self) -> list[Journey]:
@@ -119,13 +126,14 @@ class EngineTraceFile:
         for event in self.engine:
             if event.name != "step":
                 found[event.name] += event.seconds
-        found["outside"] -= found["add request"]  # in which requests are added
+        if "add request" in found:
+            found["outside"] -= found["add request"]  # in which requests are added
         return found
 
     @property
     def busy_seconds(self) -> float:
         """With something to do."""
-        return sum(self.host_seconds.values()) - self.host_seconds["idle"]
+        return sum(self.host_seconds.values()) - self.host_seconds.get("idle", 0.0)
 
     @property
     def wall_seconds(self) -> float:
@@ -139,13 +147,16 @@ class EngineTraceFile:
 
     @property
     def device_seconds(self) -> float:
-        """In which a step was running."""
-        return covered((e.start, e.end) for e in self.steps)
+        """In which a step was running that the host waited for."""
+        return covered((e.start, e.end) for e in self.awaited)
 
     def device_seconds_by(self, name: str) -> float:
         """Of the tracks' average, in steps of a kind: decode, prompts, mixed, padding, bubble."""
-        tracks = len({e.track for e in self.steps})
-        return sum(e.seconds for e in self.steps if e.name == name) / max(tracks, 1)
+        return sum(e.seconds for e in self.awaited if e.name == name) / self._num_tracks
+
+    @property
+    def _num_tracks(self) -> int:
+        return max(len({e.track for e in self.steps}), 1)
 
     # -- what takes the time -----------------------------------------------------------------------------------------
 
@@ -166,14 +177,14 @@ class EngineTraceFile:
         kinds = {name: self.device_seconds_by(name) for name in ("decode", "prompts", "mixed")}
         whole = sum(kinds.values()) or 1.0
         for name, seconds in kinds.items():
-            of_kind = [e for e in self.steps if e.name == name]
+            of_kind = [e for e in self.awaited if e.name == name]
             found.append(Cause(f"{name} steps", own * seconds / whole, _step_evidence(of_kind)))
         return sorted(found, key=lambda cause: -cause.seconds)
 
     def _host_cause(self, idle: float) -> Cause:
         own = {name: s for name, s in self.host_seconds.items() if name not in (WAIT, "idle")}
         most = max(own, key=lambda name: own[name], default="nothing")
-        evidence = self._share("the devices had nothing to do", idle)
+        evidence = self._share("the devices had nothing to do, or were done before the host asked,", idle)
         return Cause(
             "the host", idle, f"{evidence}; most of the host's own time is in {most!r} ({own.get(most, 0):.3f} s)"
         )
@@ -182,20 +193,19 @@ class EngineTraceFile:
         return f"{what} for {seconds / self.busy_seconds:.0%} of the time" if self.busy_seconds else what
 
     def _padding_seconds(self) -> float:
-        tracks = len({e.track for e in self.steps}) or 1
-        full = [e for e in self.steps if e.name != "bubble"]
-        return sum(e.seconds * (1 - min(1.0, num_tokens(e) / _rows(e))) for e in full) / tracks
+        full = [e for e in self.awaited if e.name != "bubble"]
+        return sum(e.seconds * (1 - min(1.0, num_tokens(e) / _rows(e))) for e in full) / self._num_tracks
 
     def _collective_seconds(self, measured: float | None) -> float:
-        """Of the steps' time outside of padding."""
-        if measured is None and self.is_simulated:
-            return 0.0
-        tracks, seconds = len({e.track for e in self.steps}) or 1, 0.0
-        for e in self.steps:
-            cost = self.programs.get(e.args["program"])
-            predicted = cost["collective_seconds"] / cost["seconds"] if cost else 0.0
-            seconds += (predicted if measured is None else measured) * e.seconds * num_tokens(e) / _rows(e)
-        return seconds / tracks
+        """Of the steps' time outside of padding: the measured share, or the predicted seconds on real GPUs."""
+        seconds = 0.0
+        for e in self.awaited:
+            cost, busy = self.programs.get(e.args["program"]), num_tokens(e) / _rows(e)
+            if measured is not None:
+                seconds += measured * e.seconds * busy
+            elif cost is not None and not self.is_simulated:
+                seconds += min(cost["collective_seconds"], e.seconds) * busy
+        return seconds / self._num_tracks
 
     # -- whether it is whole -----------------------------------------------------------------------------------------
 
@@ -220,13 +230,13 @@ class EngineTraceFile:
 
 def num_tokens(step: Event) -> int:
     """That a step computed, padding not counted."""
-    return len(step.args["decodes"]) + sum(count for _, _, count in step.args["chunks"])
+    return step.args["tokens"]
 
 
 def _rows(step: Event) -> int:
-    """Token rows of a step's program."""
-    match = re.search(r"tokens=(\d+)", step.args["program"])
-    return max(int(match[1]), num_tokens(step)) if match else max(num_tokens(step), 1)
+    """Token rows of a step's program, or of several steps in one."""
+    found = [int(n) for n in re.findall(r"(?:tokens|steps)=(\d+)", step.args["program"])]
+    return max(math.prod(found), num_tokens(step), 1)
 
 
 def _step_evidence(steps: Sequence[Event]) -> str:

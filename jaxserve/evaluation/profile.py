@@ -61,7 +61,10 @@ def read_operations(directory: Path) -> list[Operation]:
         # The library's own types lack a __module__; where warnings are errors, that would end the process.
         warnings.simplefilter("ignore", DeprecationWarning)
         planes = ProfileData.from_file(str(files[-1])).planes
-        return sorted((o for plane in planes for o in _operations(plane)), key=lambda operation: operation.start)
+        found = sorted((o for plane in planes for o in _operations(plane)), key=lambda operation: operation.start)
+    if not found:
+        raise ValueError(f"{files[-1]}: no device did anything in this profile")
+    return found
 
 
 def _operations(plane: Any) -> Iterator[Operation]:
