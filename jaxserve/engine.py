@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxserve.batch import BatchBuilder
 from jaxserve.completion import Completion, RequestGroup
+from jaxserve.inputs import Prompt, read_prompt
 from jaxserve.journal import Journal
 from jaxserve.metrics import EngineMetrics
 from jaxserve.outputs import RequestMetrics, RequestOutput
@@ -66,6 +67,13 @@ class Engine:
         self._seen_busy: float | None = None  # when a step was last known to be running
 
     # -- requests ----------------------------------------------------------------------------------------------------
+
+    def read_prompt(self, request_id: str, prompt: Prompt) -> dict[str, Any]:
+        """A prompt as ``add_request`` wants it, tokenized. Any thread may call."""
+        begin = time.perf_counter()
+        request = read_prompt(prompt, self.tokenizer)
+        self.trace.tokenized(request_id, begin, len(request["prompt_token_ids"]))
+        return request
 
     def add_request(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
@@ -160,15 +159,9 @@ class LLM:
         ids = [str(self._next_id + i) for i in range(len(prompts))]
         self._next_id += len(ids)
         return [
-            {"request_id": i, **self._read(i, prompt), "params": p, "priority": rank, "tenant": name}
+            {"request_id": i, **self.engine.read_prompt(i, prompt), "params": p, "priority": rank, "tenant": name}
             for i, prompt, p, rank, name in zip(ids, prompts, params, priorities, tenants, strict=True)
         ]
-
-    def _read(self, request_id: str, prompt: Prompt) -> dict[str, Any]:
-        begin = time.perf_counter()
-        request = read_prompt(prompt, self.engine.tokenizer)
-        self.engine.trace.tokenized(request_id, begin, len(request["prompt_token_ids"]))
-        return request
 
     def _run(self, calls: list[dict[str, Any]], use_tqdm: bool) -> Generator[RequestOutput, None, None]:
         if self.engine.has_unfinished:

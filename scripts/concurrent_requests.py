@@ -27,7 +27,7 @@ from jaxserve.cli.options import EngineFlags
 from jaxserve.cli.output import seconds_text, watched
 from jaxserve.evaluation.clients import Call, Load, alone, closed_loop, fairness, open_loop, speeds
 from jaxserve.evaluation.command import begin, engine_options, finish
-from jaxserve.evaluation.engines import mesh_of, mesh_sizes, open_llm, random_prompts, reserve_devices
+from jaxserve.evaluation.engines import mesh_of, open_llm, random_prompts, reserve_devices
 from jaxserve.evaluation.flags import PredictionFlags, ReportFlags
 from jaxserve.evaluation.latencies import draw_latencies, latencies, latency_figures
 from jaxserve.evaluation.plots import Plot, Theme, bars, limit_line
@@ -100,7 +100,7 @@ def concurrent_requests(
     options = engine_options(engine, max_num_seqs=16, max_num_batched_tokens=128) | {"skip_tokenizer_init": True}
     mesh = mesh_of(options)
     reserve_devices(mesh.num_devices)
-    result = begin("concurrent_requests", QUESTION, options, engine.seed, mesh_sizes(mesh))
+    result = begin("concurrent_requests", QUESTION, options, engine.seed, mesh.sizes)
     kinds = list(dict.fromkeys(load or LOADS))
     for kind in kinds:
         _times(kind, 1.0, 1, 1, engine.seed)  # says what is wrong before anything is loaded

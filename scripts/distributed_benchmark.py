@@ -29,7 +29,7 @@ from jaxserve.evaluation.agreement_report import agreement_checks, agreement_fig
 from jaxserve.evaluation.clients import Answer, closed_loop
 from jaxserve.evaluation.clients import Load as Answers
 from jaxserve.evaluation.command import begin, engine_options, finish
-from jaxserve.evaluation.engines import mesh_of, mesh_sizes, open_llm, random_prompts, reserve_devices
+from jaxserve.evaluation.engines import mesh_of, open_llm, random_prompts, reserve_devices
 from jaxserve.evaluation.flags import Load, PredictionFlags, ReportFlags, ScalingFlags
 from jaxserve.evaluation.latencies import draw_latencies, latency_figures
 from jaxserve.evaluation.mesh_runs import even_memory, load_figure, memory_figures, random_calls
@@ -106,7 +106,7 @@ def distributed_benchmark(
     found, impossible = check_places(options, places(mesh), load, mesh.num_devices)
     if impossible:
         raise ValueError(impossible[0].reason)
-    result = begin("distributed_benchmark", QUESTION, options, engine.seed, mesh_sizes(mesh))
+    result = begin("distributed_benchmark", QUESTION, options, engine.seed, mesh.sizes)
     limits = asked.limits(result.simulated)
     runs: list[Measured] = []
     for place in progress("meshes", found):

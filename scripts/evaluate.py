@@ -25,7 +25,7 @@ from jaxserve.cli.options import EngineFlags
 from jaxserve.evaluation.accuracy_report import Run, fill
 from jaxserve.evaluation.command import begin, engine_options, finish
 from jaxserve.evaluation.direct import Direct, compare
-from jaxserve.evaluation.engines import mesh_of, mesh_sizes, open_llm, own_files, reserve_devices
+from jaxserve.evaluation.engines import mesh_of, open_llm, own_files, reserve_devices
 from jaxserve.evaluation.flags import ReportFlags
 from jaxserve.evaluation.harness import Request, Tasks, require_harness, run_tasks
 from jaxserve.evaluation.reference import PlainModel
@@ -94,7 +94,7 @@ def evaluate(
         "variants": " | ".join(variant or ()),
         "most_lost": most_lost,
     }
-    result = begin("evaluate", QUESTION, options[BASELINE] | asked, engine.seed, mesh_sizes(largest))
+    result = begin("evaluate", QUESTION, options[BASELINE] | asked, engine.seed, largest.sizes)
     manager = tasks.manager()
     runs: list[Run] = []
     plain = None

@@ -26,7 +26,7 @@ from jaxserve.cli.output import seconds_text
 from jaxserve.config import SchedulerConfig
 from jaxserve.evaluation.clients import Answer, Call, Load
 from jaxserve.evaluation.command import begin, engine_options, finish
-from jaxserve.evaluation.engines import mesh_of, mesh_sizes, open_llm, reserve_devices
+from jaxserve.evaluation.engines import mesh_of, open_llm, reserve_devices
 from jaxserve.evaluation.flags import PredictionFlags, ReportFlags
 from jaxserve.evaluation.lanes import draw_lanes, lanes_key
 from jaxserve.evaluation.latencies import draw_latencies, latencies, latency_figures
@@ -110,7 +110,7 @@ def mixed_workload(
     mesh = mesh_of(options)
     reserve_devices(mesh.num_devices)
     asked = asdict(workload) | {"setting": ", ".join(s.name for s in settings), "repeats": repeats}
-    result = begin("mixed_workload", QUESTION, options | asked, engine.seed, mesh_sizes(mesh))
+    result = begin("mixed_workload", QUESTION, options | asked, engine.seed, mesh.sizes)
     llm, machine = open_llm(options).llm, Machine()
     calls = mix.calls(llm.engine.runner.decoder.vocab_size, engine.seed)
     found = measure(llm, calls, settings, repeats, engine.seed)

@@ -21,7 +21,7 @@ from jaxserve.cli.command import epilog, run_script
 from jaxserve.cli.options import EngineFlags
 from jaxserve.cli.output import bytes_text, progress, seconds_text
 from jaxserve.evaluation.command import begin, engine_options, finish
-from jaxserve.evaluation.engines import mesh_of, mesh_sizes, on_mesh, open_llm, reserve_devices
+from jaxserve.evaluation.engines import mesh_of, on_mesh, open_llm, reserve_devices
 from jaxserve.evaluation.flags import PredictionFlags, ReportFlags
 from jaxserve.evaluation.mesh_runs import (
     TOLERANCE,
@@ -68,7 +68,7 @@ def tensor_parallel(
     options |= {"decode_buckets": (options["max_num_seqs"],), "token_buckets": (options["max_num_batched_tokens"],)}
     largest = mesh_of(options)
     reserve_devices(largest.num_devices)
-    result = begin("tensor_parallel", QUESTION, options, engine.seed, mesh_sizes(largest))
+    result = begin("tensor_parallel", QUESTION, options, engine.seed, largest.sizes)
     runs = [_run(options, replace(largest, tp=tp), max_tokens) for tp in progress("sizes", sizes_up_to(largest.tp))]
     workload = Workload(round(mean(PROMPT_LENGTHS)), max_tokens, concurrency=len(PROMPT_LENGTHS))
     predictions = [predict(options, prediction.gpu, workload, run.mesh) for run in runs]

@@ -40,7 +40,7 @@ from jaxserve.evaluation.agreement_report import (
     logprob_plot,
 )
 from jaxserve.evaluation.command import begin, engine_options, finish
-from jaxserve.evaluation.engines import mesh_of, mesh_sizes, open_llm, random_prompts, reserve_devices
+from jaxserve.evaluation.engines import mesh_of, open_llm, random_prompts, reserve_devices
 from jaxserve.evaluation.flags import ReportFlags
 from jaxserve.evaluation.plots import Plot, Theme, limit_line
 from jaxserve.evaluation.reference import PlainModel
@@ -77,7 +77,7 @@ def verify(
     options = engine_options(engine, max_num_seqs=8, max_num_batched_tokens=128)
     mesh = mesh_of(options)
     reserve_devices(mesh.num_devices)
-    result = begin("verify", QUESTION, options, engine.seed, mesh_sizes(mesh))
+    result = begin("verify", QUESTION, options, engine.seed, mesh.sizes)
     llm = open_llm(options).llm
     outputs = serve(llm, _prompts(llm, prompts_file, max_tokens, engine.seed), max_tokens)
     length = max(len(sequence_of(o)) for o in outputs)

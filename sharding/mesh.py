@@ -102,6 +102,11 @@ class MeshConfig:
         return ",".join(f"{axis}={getattr(self, axis)}" for axis in MESH_AXES)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """By axis."""
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
+
+    @property
     def short(self) -> str:
         """Without the axes of size 1, like "pp=2,tp=4"."""
         return ",".join(f"{a}={getattr(self, a)}" for a in MESH_AXES if getattr(self, a) > 1) or "one device"

@@ -18,8 +18,7 @@ import jsonschema
 import pytest
 from tiny_models import SMALL, run, write_llama
 
-from jaxserve import LLM, AsyncLLM, SamplingParams
-from jaxserve.async_llm import async_llm
+from jaxserve import LLM, AsyncLLM, SamplingParams, engine
 from jaxserve.batch import BatchLayout
 from jaxserve.engine_args import EngineArgs
 from jaxserve.evaluation.engine_trace import EngineTraceFile, Event
@@ -218,8 +217,8 @@ def test_what_is_computed_again_is_no_decoding(tracing: Tracing, odd_model: Path
 
 def test_tokenizers_of_many_threads(tracing: Tracing, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm, path = tracing(tiny_model)
-    real = async_llm.read_prompt
-    monkeypatch.setattr(async_llm, "read_prompt", lambda *a: (time.sleep(0.05), real(*a))[1])
+    real = engine.read_prompt
+    monkeypatch.setattr(engine, "read_prompt", lambda *a: (time.sleep(0.05), real(*a))[1])
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
 
     async def ask(client: AsyncLLM, prompt: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import math
-import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +15,7 @@ from jaxserve.async_llm.engine_thread import EngineThread
 from jaxserve.async_llm.output_stream import OutputStream
 from jaxserve.engine import Engine
 from jaxserve.engine_args import EngineArgs, EngineOptions
-from jaxserve.inputs import Prompt, need_tokenizer, only_one, read_prompt, refuse
+from jaxserve.inputs import Prompt, need_tokenizer, only_one, refuse
 from jaxserve.llm import open_engine
 from jaxserve.metrics import EngineMetrics
 from jaxserve.outputs import RequestOutput
@@ -78,7 +77,7 @@ class AsyncLLM:
         ranks = {"priority": only_one("priority", int, priority, 0), "tenant": only_one("tenant", str, tenant, "")}
         # In the loop's thread pool: a long prompt takes longer than a step, and must stall neither the engine, whose
         # other requests decode, nor this loop. Tokenizers let other threads run meanwhile.
-        request = await asyncio.to_thread(self._read, name, prompt)
+        request = await asyncio.to_thread(self.engine.read_prompt, name, prompt)
         output = None
         try:
             await asyncio.wrap_future(self._thread.add(stream, params=params, **request, **ranks))
@@ -88,12 +87,6 @@ class AsyncLLM:
         finally:
             if output is None or not output.finished:
                 self._thread.drop(stream)
-
-    def _read(self, request_id: str, prompt: Prompt) -> dict[str, Any]:
-        begin = time.perf_counter()
-        request = read_prompt(prompt, self.engine.tokenizer)
-        self.engine.trace.tokenized(request_id, begin, len(request["prompt_token_ids"]))
-        return request
 
     async def abort(self, request_id: str) -> None:
         """End a request: its consumer gets what there is, ``finished``, with the finish reason "abort". An id that is

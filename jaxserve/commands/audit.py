@@ -11,7 +11,6 @@ import typer
 from jaxserve.cli.command import epilog
 from jaxserve.cli.options import Json, ModelFlags
 from jaxserve.cli.output import bytes_text, count_text, print_json, print_pairs, print_table, progress, seconds_text
-from jaxserve.commands.plan import axes_of
 from jaxserve.engine_args import EngineArgs
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def audit(
 def _report(run: DryRun, programs: Sequence[Program], memory: Memory | None) -> dict[str, Any]:
     return {
         "model": run.files.directory.name,
-        "mesh": axes_of(run.mesh),
+        "mesh": run.mesh.sizes,
         "target": None if run.cluster is None else str(run.cluster),
         "attention": run.runner.attention.name,
         "num_blocks": run.num_blocks,

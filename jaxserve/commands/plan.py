@@ -192,13 +192,13 @@ def _report(asked: _Asked, limits: Limits, ranking: Ranking) -> dict[str, Any]:
         "limits": limits,
         "assumptions": _assumptions(),
         "plans": [_plan_report(i, p) for i, p in enumerate(ranking.plans, 1)],
-        "rejected": [{"mesh": axes_of(r.mesh), "cause": r.cause, "reason": r.reason} for r in ranking.rejected],
+        "rejected": [{"mesh": r.mesh.sizes, "cause": r.cause, "reason": r.reason} for r in ranking.rejected],
     }
 
 
 def _plan_report(position: int, plan: Plan) -> dict[str, Any]:
     memory = asdict(plan.memory) | {"total": plan.memory.total}
-    return {"rank": position, **asdict(plan), "mesh": axes_of(plan.mesh), "memory": memory}
+    return {"rank": position, **asdict(plan), "mesh": plan.mesh.sizes, "memory": memory}
 
 
 def _comparison_report(comparison: Comparison) -> dict[str, Any]:
@@ -275,13 +275,6 @@ def _print_comparisons(plan: Plan, comparisons: Sequence[Comparison]) -> None:
         for c in comparisons
     ]
     print_table(["", "predicted", "compiled", "off by", ""], rows)
-
-
-def axes_of(mesh: MeshConfig) -> dict[str, int]:
-    """Sizes by axis."""
-    from sharding.mesh import MESH_AXES
-
-    return {axis: getattr(mesh, axis) for axis in MESH_AXES}
 
 
 def _print_rejections(rejected: Sequence[Rejection]) -> None:

@@ -21,8 +21,6 @@ from jaxserve.trace import DEVICES, ENGINE_TRACK, HOST, REQUESTS, TOKENIZER_TRAC
 from jaxserve.trace_file import FORMAT
 
 WAIT = "wait for the devices"
-BETWEEN = ("idle", "outside")
-"""Of the engine's track, besides steps."""
 ROUNDING = 2e-9
 """Seconds by which two times in a file may be off: it has whole nanoseconds."""
 

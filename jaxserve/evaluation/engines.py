@@ -17,7 +17,7 @@ from jaxserve import LLM
 from jaxserve.build import ModelFiles, resolve_mesh
 from jaxserve.dry_run import DryRun, Program
 from jaxserve.engine_args import EngineArgs
-from sharding.mesh import MESH_AXES, MeshConfig
+from sharding.mesh import MeshConfig
 from sharding.platform import use_cpu_without_gpus
 
 FILES = ("trace", "record")
@@ -59,10 +59,6 @@ def on_mesh(options: dict[str, Any], mesh: MeshConfig) -> dict[str, Any]:
     """The same options on another mesh, one of several."""
     options = own_files(options, mesh.short)
     return options | {"mesh": mesh} | {f"{axis}_parallel_size": 1 for axis in PARALLEL}
-
-
-def mesh_sizes(mesh: MeshConfig) -> dict[str, int]:
-    return dict(zip(MESH_AXES, mesh.shape, strict=True))
 
 
 def reserve_devices(count: int) -> None:

@@ -43,7 +43,7 @@ def scaling(
     """
     from jaxserve.evaluation import scaling_report, scaling_runs
     from jaxserve.evaluation.command import begin, engine_options, finish
-    from jaxserve.evaluation.engines import mesh_of, mesh_sizes, start_devices
+    from jaxserve.evaluation.engines import mesh_of, start_devices
 
     axes = list(dict.fromkeys(axis or AXES))
     unknown = [name for name in axes if name not in AXES]
@@ -55,7 +55,7 @@ def scaling(
     load = asked.load(engine.seed)
     found = scaling_runs.places(base, axes, devices)
     possible, impossible = scaling_runs.check_places(options, found, load, there)
-    result = begin("scaling", QUESTION, options, engine.seed, mesh_sizes(base))
+    result = begin("scaling", QUESTION, options, engine.seed, base.sizes)
     result.simulated |= result.environment["platform"] == "cpu" and len(possible) > 1
     limits = asked.limits(result.simulated)
     runs = list(scaling_runs.measure(options, possible, load, prediction.gpu))

@@ -110,12 +110,12 @@ def _table(cases: Sequence[Case]) -> Table:
 
 
 def _write(bench: Bench, cases: Sequence[Case], engine: EngineFlags, flags: BenchFlags, out: Path) -> None:
-    from jaxserve.evaluation.engines import mesh_of, mesh_sizes
+    from jaxserve.evaluation.engines import mesh_of
     from sharding.platform import use_cpu_without_gpus
 
     use_cpu_without_gpus()  # where another process was measured, this one has not started jax yet
     options = engine.engine_options() | cases[0].report["workload"] | {"sweep": flags.sweep}
-    mesh = mesh_sizes(mesh_of(engine.engine_options()))
+    mesh = mesh_of(engine.engine_options()).sizes
     result = begin(f"jaxserve bench {bench.command}", bench.question, options, engine.seed, mesh)
     result.simulated = any(case.simulated for case in cases)
     result.checks += [check for case in cases for check in case.checks]
