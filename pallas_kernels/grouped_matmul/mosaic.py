@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic_version, tuning
+from pallas_kernels import tuning
 from pallas_kernels.grouped_matmul import GroupedMatmul, Setting, Weights
 from pallas_kernels.grouped_matmul.triton import Plan, plan_tiles
 from pallas_kernels.triton_tiles import place, power_of_two
@@ -26,7 +26,8 @@ from pallas_kernels.triton_tiles import place, power_of_two
 DTYPES = ("bfloat16", "float16")
 STEP = 64
 """128 bytes."""
-SWIZZLED = plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+SWIZZLE = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+SWIZZLED = plgpu.TilingTransform((8, STEP)), SWIZZLE  # pyright: ignore[reportAbstractUsage]
 """How wgmma wants 16-bit tiles to lie in shared memory."""
 WARPGROUP_ROWS = 64
 """Of the smallest wgmma."""
@@ -73,9 +74,10 @@ def _body(plan: Any, x: Any, w: Any, out: Any, *, tiles: Tiles) -> None:
     tile, n = place(lax.axis_index("program"), plan.row.shape[0], pl.cdiv(columns, tiles.columns), tiles.band)
     expert, row, row_end = plan.expert[tile], plan.row[tile], plan.row_end[tile]
     shape = tiles.rows, tiles.columns
+    staged = plgpu.SMEM((tiles.columns // STEP, tiles.rows, STEP), out.dtype, transforms=(SWIZZLE,))
 
     def store(sums: Array) -> None:
-        pl.run_scoped(partial(_store, sums, out, row, row_end, n * tiles.columns), plgpu.SMEM(shape, out.dtype))
+        pl.run_scoped(partial(_store, sums, out, row, row_end, n * tiles.columns), staged)
 
     @pl.when((row < row_end) & (expert < num_experts))
     def _() -> None:
@@ -102,10 +104,18 @@ def _body(plan: Any, x: Any, w: Any, out: Any, *, tiles: Tiles) -> None:
 
 
 def _store(sums: Array, out: Any, row: Array, row_end: Array, column: Array, staged: Any) -> None:
-    """TMA stores have sizes that are known beforehand: as many rows as there are go in powers of two."""
-    staged[...] = sums.astype(staged.dtype)
+    """TMA stores have sizes that are known beforehand: as many rows as there are go in powers of two.
+
+    ``staged`` [columns / STEP, rows, STEP]: strips of the 128 bytes that a swizzle permutes, so that threads do not
+    meet in a bank. Rows that go together begin anywhere, not at a whole pattern of 8: TMA permutes by the address in
+    shared memory (CUDA Programming Guide, "Swizzle Pattern Pointer Offset Computation"), and every strip begins at a
+    pattern.
+    """
+    values = sums.astype(staged.dtype)
+    strips, rows, width = staged.shape
+    for strip in range(strips):
+        staged[strip] = lax.slice(values, (0, strip * width), (rows, (strip + 1) * width))
     plgpu.commit_smem()
-    rows, columns = staged.shape
     count = row_end - row
     done: Any = 0
     while rows:
@@ -113,8 +123,9 @@ def _store(sums: Array, out: Any, row: Array, row_end: Array, column: Array, sta
 
         @pl.when(count & now != 0)
         def _(now: int = now, done: Any = done) -> None:
-            to = out.at[pl.ds(row + done, now), pl.ds(column, columns)]
-            plgpu.copy_smem_to_gmem(staged.at[pl.ds(done, now)], to)
+            for strip in range(strips):
+                to = out.at[pl.ds(row + done, now), pl.ds(column + strip * width, width)]
+                plgpu.copy_smem_to_gmem(staged.at[strip, pl.ds(done, now)], to)
 
         done = done + (count & now)
         rows //= 2
@@ -145,7 +156,7 @@ def product(x: Array, weights: Weights, plan: Plan, tiles: Tiles | None = None, 
 def refuses(setting: Setting) -> str | None:
     if setting.platform != "gpu" or setting.capability is None or setting.capability[0] != 9:
         return "it is for Hopper GPUs, the ones with wgmma"
-    return refuses_arrays(setting) or mosaic_version.refusal()
+    return refuses_arrays(setting)
 
 
 def refuses_arrays(setting: Setting) -> str | None:

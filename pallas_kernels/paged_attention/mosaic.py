@@ -24,7 +24,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic_version, tuning
+from pallas_kernels import tuning
 from pallas_kernels.kv_write import triton as kv_write
 from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Setting, Shape
 from pallas_kernels.paged_attention.reference import cache_shapes
@@ -40,7 +40,6 @@ WARPGROUPS = 2
 """That compute, in a thread block that works on prompts."""
 TILE_ROWS = WARPGROUPS * ROWS
 HEAD_DIMS = (64, 96, 128, 192, 256)
-"""The prompt kernel spills registers (12 to 36 bytes, ptxas of CUDA 13) for 256 with a window, and for nothing else."""
 DTYPES = ("bfloat16", "float16")
 BLOCK_SIZES = (16, 32, 64)
 """And multiples of ALIGNMENT."""
@@ -326,22 +325,16 @@ def _scratch(call: Call, operands: Operands) -> Scratch:
     ahead = call.config.ahead or TUNED.get(kind=kind, head_dim=head_dim) or ahead_for(kind, head_dim)
     tile, stages = ahead.keys, ahead.stages
 
-    def matrices(*dims: int) -> Any:
-        swizzle = _swizzle(dims[-1])
-        tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
-        swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
-        return plgpu.SMEM(dims, dtype, transforms=(tiling, swizzling))
-
     def barriers(arrivals: int) -> plgpu.Barrier:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
 
     copies = tile // min(tile, call.shape.block_size)
     return Scratch(
-        q=matrices(groups * ROWS, head_dim),
-        k=matrices(stages, tile, head_dim),
-        v=matrices(stages, tile, head_dim),
-        probs=None if call.config.interpret is None else matrices(groups, ROWS, tile),
-        out=None if call.keeps_all else plgpu.SMEM((ROWS, head_dim), jnp.float32),
+        q=_matrices(groups * ROWS, head_dim, dtype=dtype),
+        k=_matrices(stages, tile, head_dim, dtype=dtype),
+        v=_matrices(stages, tile, head_dim, dtype=dtype),
+        probs=None if call.config.interpret is None else _matrices(groups, ROWS, tile, dtype=dtype),
+        out=None if call.keeps_all else _matrices(ROWS, head_dim, dtype=jnp.float32),
         lse=None if call.keeps_all else plgpu.SMEM((ROWS,), jnp.float32),
         q_full=plgpu.Barrier(),
         q_free=plgpu.Barrier(num_arrivals=groups),
@@ -353,9 +346,20 @@ def _scratch(call: Call, operands: Operands) -> Scratch:
     )
 
 
-def _swizzle(columns: int) -> int:
-    """Bytes of the widest pattern that divides rows of 16-bit numbers."""
-    return plgpu.find_swizzle(columns * 16)
+def _matrices(*dims: int, dtype: Any) -> Any:
+    """Shared memory that TMA, wgmma and the threads of a warpgroup reach without meeting in a bank: tiles of 8 rows,
+    as wide as the swizzle."""
+    columns = _tile_columns(dims[-1], dtype)
+    swizzle = columns * jnp.dtype(dtype).itemsize
+    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
+    swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(dims, dtype, transforms=(tiling, swizzling))
+
+
+def _tile_columns(columns: int, dtype: Any) -> int:
+    """Numbers of the widest swizzle that divides rows of so many."""
+    itemsize = jnp.dtype(dtype).itemsize
+    return plgpu.find_swizzle(columns * itemsize * 8) // itemsize
 
 
 def _thread_block(call: Call, *refs: Any) -> None:
@@ -589,9 +593,11 @@ def _across(x: Array, like: Array) -> Array:
 
 def _scores(call: Call, scratch: Scratch, me: Array, slot: Array) -> tuple[Array, float]:
     """[ROWS,tile], and what they are to be multiplied by: to the base of two."""
+    # Else the addresses of all parts of the queries are kept in registers from item to item, and others are spilled.
+    row = lax.optimization_barrier(me * ROWS)
 
     def product(accumulator: Any) -> Array:
-        plgpu.wgmma(accumulator, scratch.q.at[pl.ds(me * ROWS, ROWS)], scratch.k.at[slot].T)
+        plgpu.wgmma(accumulator, scratch.q.at[pl.ds(row, ROWS)], scratch.k.at[slot].T)
         if call.warpgroups > 1:
             plgpu.barrier_arrive(scratch.turn)
             plgpu.barrier_wait(scratch.turn)
@@ -618,7 +624,7 @@ def _clear_unseen(scratch: Scratch, me: Array, slot: Array, live: Array) -> None
     """Of a tile of V, zero the keys that are not there: it may be NaN what they hold, and 0 * NaN is NaN. The first
     warpgroup does it for both: the other one runs half a tile behind. Piece by piece, or registers are spilled."""
     tile, head_dim = scratch.v.shape[1:]
-    columns = _swizzle(head_dim) // 2
+    columns = _tile_columns(head_dim, scratch.v.dtype)
 
     @pl.when((live < tile) & (me == 0))
     def clear() -> None:
@@ -759,7 +765,7 @@ def refuses(setting: Setting) -> str | None:
         return f"at most {ROWS} query heads may share a KV head"
     if setting.block_size not in BLOCK_SIZES and setting.block_size % ALIGNMENT:
         return f"block_size must be {', '.join(map(str, BLOCK_SIZES))} or a multiple of {ALIGNMENT}"
-    return mosaic_version.refusal()
+    return None
 
 
 def make(config: Config) -> PagedAttention:
