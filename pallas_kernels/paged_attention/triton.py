@@ -41,6 +41,8 @@ LOG2_E = math.log2(math.e)
 """Softmax is computed in powers of two, which the hardware has."""
 LEAST = 16
 """Rows, columns and depth of the smallest product on tensor cores."""
+WARP = 32
+"""Threads."""
 MERGE_ELEMENTS = 8192
 """Of partial outputs that one turn of the merging kernel loads: 32 float32 registers in each thread of 8 warps."""
 
@@ -94,27 +96,40 @@ class Tiling:
     """Prompt chunks. They are cut along the keys only where there are few tiles of tokens with a long past."""
 
 
-def tile_for(head_dim: int, group: int, dtype: str, tokens: int) -> Tile:
-    """The sizes for queries of ``dtype`` in items of ``tokens`` tokens.
+def tile_for(head_dim: int, group: int, dtype: str, tokens: int, kv_dtype: str | None = None) -> Tile:
+    """The sizes for queries of ``dtype`` in items of ``tokens`` tokens. ``kv_dtype``: of the cache; None = ``dtype``.
 
     Rows: all the group's heads if tokens are few, but at most 64; with many tokens 128, because each key is loaded
     once for all rows, and 64 where head_dim is over 128. The accumulator has rows * head_dim float32: at most 32
-    registers of a thread in 4 warps, 64 in 8. (64 rows in 4 warps spill on an A100.)
+    registers of a thread in 4 warps, 64 in 8. (64 rows in 4 warps spill on an A100.) fp8 is widened in registers, and
+    that by 8 warps: as many programs as a plan has leave an SM room for them, and in 4 a few cases spill.
     Keys: 64, as long as that keeps the loads under way within the shared memory of an A100 (163 KiB) for two programs
     of a decode or one of a prompt chunk. K and V of a turn are 32 KiB; compiled decodes keep one turn with 3 and 4
     stages (38 KiB in all) and two with 5 (70 KiB), because loads through a table take stages of their own.
-    float32 has no tensor cores that are exact enough: its products are unrolled multiply-adds, which only small tiles
-    keep in registers.
     """
-    width = padded(head_dim)
+    width, kv_dtype = padded(head_dim), kv_dtype or dtype
+    exact = operand_dtype(jnp.dtype(dtype), jnp.dtype(kv_dtype)) == jnp.float32
     narrow = tokens < LEAST
-    most_rows = LEAST if dtype == "float32" else 64 if narrow or width > 128 else 128
+    most_rows = LEAST if exact else 64 if narrow or width > 128 else 128
     heads = max(1, LEAST // tokens, min(_power_of_2(group), most_rows // tokens))
-    if dtype == "float32":
-        return Tile(heads, LEAST, 4 if heads * tokens * width <= LEAST * 128 else 8, 2)
+    if exact:
+        return _exact_tile(heads, heads * tokens, width, kv_dtype == "float32")
     keys = min(64, 64 * 128 // width)
-    num_warps = 4 if heads * tokens <= 32 and heads * tokens * width <= 32 * 128 else 8
-    return Tile(heads, keys, num_warps, 5 if tokens == 1 else 3)
+    in_four = heads * tokens <= 32 and heads * tokens * width <= 32 * 128 and kv_dtype != "float8_e4m3fn"
+    return Tile(heads, keys, 4 if in_four else 8, 5 if tokens == 1 else 3)
+
+
+def _exact_tile(heads: int, rows: int, width: int, as_it_is: bool) -> Tile:
+    """For products of float32, of which no tensor core is exact enough: they are unrolled multiply-adds, and only small
+    tiles keep these in registers. A thread has 16 accumulators; of prompts, as many as ptxas (13.0, for A100 and H100)
+    keeps without spills: 8 of 128 columns, 32 of 256.
+    Loads are under way while a turn is computed where they are few and go into the product ``as_it_is``: else what was
+    loaded ahead spills, up to 11 KB a thread. Programs without it use so few registers (66 instead of 255 in a decode
+    with a bfloat16 cache) that others run meanwhile."""
+    if rows * width <= 32 * 128:
+        num_warps = max(4, rows * width // (16 * WARP))
+        return Tile(heads, LEAST, num_warps, 2 if as_it_is and width <= 128 else 1)
+    return Tile(heads, LEAST, 32 if width <= 128 else 16, 1)
 
 
 def _refuses_tile(shape: Mapping[str, str], tile: Tile) -> str | None:
@@ -128,11 +143,11 @@ TUNED = tuning.read("paged_attention/triton", Tile, ("tokens", "head_dim", "grou
 
 def _tile_of(cut: Cut, q: Array, cache: Array) -> Tile:
     """The cut's own, or what was tuned, or ``tile_for``."""
-    dtype, group, head_dim = str(q.dtype), q.shape[2], q.shape[3]
+    dtype, kv_dtype, group, head_dim = str(q.dtype), str(cache.dtype), q.shape[2], q.shape[3]
     if cut.tile is not None:
         return cut.tile
-    shape = {"tokens": cut.tokens, "head_dim": head_dim, "group": group, "dtype": dtype, "kv_dtype": str(cache.dtype)}
-    return TUNED.get(**shape) or tile_for(head_dim, group, dtype, cut.tokens)
+    shape = {"tokens": cut.tokens, "head_dim": head_dim, "group": group, "dtype": dtype, "kv_dtype": kv_dtype}
+    return TUNED.get(**shape) or tile_for(head_dim, group, dtype, cut.tokens, kv_dtype)
 
 
 def padded(head_dim: int) -> int:
@@ -591,7 +606,8 @@ def _merge_rows(partials: tuple[Any, ...], first: Array, mine: Array, count: Arr
     out_ref, lse_ref = partials
     rows, head_dim = first.shape[0], out_ref.shape[1]
     width = padded(head_dim)
-    items = max(1, MERGE_ELEMENTS // (rows * width))
+    # Masks of columns take registers too: with as many elements head dims of 80 and 96 spill on an H100.
+    items = max(1, MERGE_ELEMENTS // (rows * width) // (1 if width == head_dim else 2))
     column = jnp.arange(width, dtype=jnp.int32)[None, None, :]
 
     def turn(i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

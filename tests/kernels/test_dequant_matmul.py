@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
 from on_device import CAPABILITY, INTERPRET, PLATFORM
 
 from pallas_kernels.dequant_matmul import (
@@ -27,9 +26,6 @@ from pallas_kernels.dequant_matmul import (
     unpack,
 )
 from pallas_kernels.dequant_matmul.triton import Tiles
-from sharding import aot, build_mesh
-from sharding.hardware import Cluster
-from sharding.mesh import MeshConfig
 
 pytestmark = pytest.mark.slow
 
@@ -211,42 +207,3 @@ def test_what_the_kernel_refuses(setting: Setting, reason: str | None) -> None:
     said = triton.IMPLEMENTATION.refuses(setting)
     assert said is None if reason is None else said is not None and reason in said
     assert triton.INTERPRETED.refuses(A100) == "the interpreter is for CPUs"
-
-
-# -- GPUs that are not there -------------------------------------------------------------------------------------------
-
-needs_compiler = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
-FAIL_ON_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
-COMPILED = [
-    ("a100", Case(8, 4096, 4096, dtype=jnp.bfloat16)),
-    ("a100", Case(4096, 4096, 14336, 128, True, jnp.bfloat16)),
-    ("h100", Case(8, 4096, 4096, 32, True, jnp.bfloat16)),
-    ("h200", Case(4096, 4096, 14336, dtype=jnp.bfloat16)),
-    ("h200", Case(4096, 4096, 14336, 128, dtype=jnp.bfloat16)),
-]
-
-
-@needs_compiler
-@pytest.mark.parametrize(("gpu", "case"), COMPILED, ids=str)
-def test_compiles_without_spills(gpu: str, case: Case) -> None:
-    mesh = build_mesh(MeshConfig(), aot.devices(Cluster.parse(f"{gpu}:1")))
-
-    def array(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-
-    if case.group is None:
-        weights = Int8Weights(array((case.depth, case.columns), jnp.int8), array((case.columns,), jnp.float32))
-    else:
-        groups = case.depth // case.group, case.columns
-        weights = Int4Weights(
-            array((case.depth // 2, case.columns), jnp.uint8),
-            array(groups, jnp.bfloat16),
-            array(groups, jnp.int8) if case.zeros else None,
-        )
-    x = array((case.num_rows, case.depth), case.dtype)
-    with jax.set_mesh(mesh), aot.not_cached():
-        lowered = jax.jit(triton.IMPLEMENTATION.product).lower(x, weights)
-        compiled = lowered.compile({**aot.COMPILER_OPTIONS, **FAIL_ON_SPILLS})
-    text = compiled.as_text() or ""
-    assert "dequant_matmul" in text
-    assert "atomic" not in text

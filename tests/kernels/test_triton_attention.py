@@ -8,22 +8,24 @@ import re
 from collections import Counter
 from collections.abc import Sequence as Listing
 from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_kernels import NO_SPILLS, failures, kernels_of, mesh_of
 from hypothesis import given, settings
 from jax.sharding import NamedSharding, PartitionSpec
 from test_paged_attention import CASES, Case, Sequence, batches, dense, make_problem, programs, solve
 
-from pallas_kernels.dispatch import PAGED_ATTENTION, paged_attention
+from pallas_kernels.dispatch import PAGED_ATTENTION
 from pallas_kernels.kv_write import HeadNorm, Inputs
-from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Setting, Shape, triton
+from pallas_kernels.paged_attention import Ragged, Scoring, Setting, Shape, triton
 from sharding import aot, build_mesh
-from sharding.audit import Audit, audit
-from sharding.hardware import GPUS, Cluster
+from sharding.audit import audit
+from sharding.hardware import Cluster
 from sharding.mesh import MeshConfig
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
@@ -139,12 +141,20 @@ def test_a_short_chunk_with_a_long_past_is_cut_up() -> None:
 @pytest.mark.parametrize("tokens", [1, 8, 64])
 @pytest.mark.parametrize("dtype", triton.WIDE_DTYPES)
 def test_tiles_are_powers_of_two_that_tensor_cores_take(dtype: str, tokens: int) -> None:
-    for head_dim in (8, 24, 64, 80, 96, 128, 192, 256):
-        for group in (1, 4, 7, 8, 64, 71):
-            tile = triton.tile_for(head_dim, group, dtype, tokens)
-            rows = tile.heads * tokens
-            assert 16 <= rows <= 128 and 16 <= tile.keys <= 64
-            assert all(n & (n - 1) == 0 for n in (rows, tile.keys, tile.num_warps))
+    sizes = product((8, 24, 64, 80, 96, 128, 192, 256), (1, 4, 7, 8, 64, 71), triton.WIDE_DTYPES + triton.NARROW_DTYPES)
+    for head_dim, group, kv_dtype in sizes:
+        tile = triton.tile_for(head_dim, group, dtype, tokens, kv_dtype)
+        rows = tile.heads * tokens
+        assert 16 <= rows <= 128 and 16 <= tile.keys <= 64 and 4 <= tile.num_warps <= 32
+        assert all(n & (n - 1) == 0 for n in (rows, tile.keys, tile.num_warps))
+
+
+def test_products_of_float32_have_small_tiles() -> None:
+    """Also those of 16-bit queries and a cache that is wider, or of another 16 bits."""
+    for dtype, kv_dtype in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "float16")):
+        assert triton.tile_for(128, 64, dtype, 1, kv_dtype).heads == triton.LEAST
+    assert triton.tile_for(128, 64, "bfloat16", 1, "bfloat16").heads == 64
+    assert triton.tile_for(128, 64, "bfloat16", 1) == triton.tile_for(128, 64, "bfloat16", 1, "bfloat16")
 
 
 class TiledCase(NamedTuple):
@@ -229,74 +239,34 @@ def test_caches_that_a_kernel_cannot_address_are_refused() -> None:
 
 
 # -- GPUs that are not there -------------------------------------------------------------------------------------------
+# That each kernel compiles is test_chosen_compiles.py's matter.
 
 needs_compiler = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
-NO_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 KV_HEADS, NUM_SEQS, TABLE_WIDTH = 2, 8, 64
+HEAD_DIM, GROUP, NUM_BLOCKS, NUM_LAYERS = 128, 4, 256, 2
 
 
-class Target(NamedTuple):
-    gpu: str
-    dtype: str
-    kv_dtype: str
-    head_dim: int
-    group: int = 4
-    num_blocks: int = 256
-    spills: bool = False
-
-
-H200 = Target("h200", "bfloat16", "bfloat16", 128)
-TARGETS = [  # without spills; that all the others compile at all is CHOSEN's matter
-    Target("h200", "bfloat16", "bfloat16", 128, num_blocks=1 << 21),  # offsets of 64 bits
-    Target("h200", "bfloat16", "float8_e4m3fn", 128, group=8, spills=jax.__version_info__ >= (0, 12)),
-    Target("h200", "bfloat16", "bfloat16", 256),
-    Target("a100", "bfloat16", "bfloat16", 128, group=8),
-]
-
-
-def compiled(target: Target, attention: PagedAttention, num_layers: int = 1) -> tuple[Any, Audit]:
-    """A decode and a mixed step in one program for one GPU."""
-    return compiled_together([target], attention, num_layers, {} if target.spills else NO_SPILLS)
-
-
-def compiled_together(
-    targets: Listing[Target], attention: PagedAttention, num_layers: int, options: dict[str, Any]
-) -> tuple[Any, Audit]:
-    """The steps of several targets of one GPU in one program, which costs less than one for each."""
-    (gpu,) = {target.gpu for target in targets}
-    mesh = build_mesh(MeshConfig(), aot.devices(Cluster.parse(f"{gpu}:1")))
-    functions, keys, values, batches = zip(*(steps(t, attention, num_layers, mesh) for t in targets), strict=True)
-
-    def run(keys: Any, values: Any, batches: Any) -> Any:
-        parts = [f(*of_target) for f, *of_target in zip(functions, keys, values, batches, strict=True)]
-        return tuple(zip(*parts, strict=True))
-
-    with jax.set_mesh(mesh), aot.not_cached():
-        lowered = jax.jit(run, donate_argnums=(0, 1)).lower(list(keys), list(values), list(batches))
-        program = lowered.compile(compiler_options=aot.COMPILER_OPTIONS | options)
-    return program, audit(program, mesh, ("keys", "values"))
-
-
-def steps(target: Target, attention: PagedAttention, num_layers: int, mesh: Any) -> tuple[Any, Any, Any, Any]:
-    """A function and its arguments: caches, and the batches of a decode and a mixed step. Each has caches of its own:
-    nothing in it would keep the second step's writes from overtaking what the first one reads, except for copies."""
-    scoring = Scoring(target.head_dim**-0.5)
+def steps(mesh: Any) -> tuple[Any, Any, Any, Any]:
+    """A decode and a mixed step of two layers, and their arguments: caches, and the steps' batches. Each has caches of
+    its own: nothing in it would keep the second step's writes from overtaking what the first one reads, except for
+    copies."""
+    attention, scoring = triton.IMPLEMENTATION, Scoring(HEAD_DIM**-0.5)
     kinds = (Shape(16, one_token_each=True), Shape(16, window=500))
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, PartitionSpec()))
 
     def batch(num_tokens: int) -> tuple[Any, Ragged]:
-        heads = (num_tokens, KV_HEADS, target.group + 2, target.head_dim)
         tokens, seqs = array((num_tokens,), jnp.int32), array((NUM_SEQS,), jnp.int32)
         tables = array((NUM_SEQS, TABLE_WIDTH), jnp.int32)
-        return array(heads, target.dtype), Ragged(tokens, array((NUM_SEQS + 1,), jnp.int32), seqs, tables, tokens)  # pyright: ignore
+        ragged = Ragged(tokens, array((NUM_SEQS + 1,), jnp.int32), seqs, tables, tokens)  # pyright: ignore
+        return array((num_tokens, KV_HEADS, GROUP + 2, HEAD_DIM), jnp.bfloat16), ragged
 
     def run(keys: list[list[Any]], values: list[list[Any]], batches: list[tuple[Any, Ragged]]) -> Any:
         outs = []
         for shape, ks, vs, (qkv, ragged) in zip(kinds, keys, values, batches, strict=True):
             plan = attention.plan(ragged, qkv.shape[0], shape)
-            for i in range(num_layers):
+            for i in range(NUM_LAYERS):
                 inputs = Inputs(qkv, ragged.slot_mapping)
                 q, ks[i], vs[i] = attention.kv_write.write(ks[i], vs[i], inputs, HeadNorm(), scoring)
                 out, lse = attention.attend(q, ks[i], vs[i], plan, shape, scoring)
@@ -305,49 +275,22 @@ def steps(target: Target, attention: PagedAttention, num_layers: int, mesh: Any)
             outs.append(qkv)
         return keys, values, outs
 
-    shapes = attention.cache_shapes(target.num_blocks, 16, KV_HEADS, target.head_dim)
-    keys, values = ([[array(shape, target.kv_dtype)] * num_layers for _ in kinds] for shape in shapes)
+    shapes = attention.cache_shapes(NUM_BLOCKS, 16, KV_HEADS, HEAD_DIM)
+    keys, values = ([[array(shape, jnp.bfloat16)] * NUM_LAYERS for _ in kinds] for shape in shapes)
     return run, keys, values, [batch(NUM_SEQS), batch(256)]
 
 
 @needs_compiler
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: "-".join(map(str, target)))
-def test_it_compiles_without_register_spills(target: Target) -> None:
-    found = compiled(target, triton.IMPLEMENTATION)[1]
+def test_two_layers_write_in_place() -> None:
+    mesh = build_mesh(MeshConfig(), aot.devices(Cluster.parse("h200:1")))
+    run, *arguments = steps(mesh)
+    with jax.set_mesh(mesh), aot.not_cached():
+        lowered = jax.jit(run, donate_argnums=(0, 1)).lower(*arguments)
+        program: Any = lowered.compile(compiler_options=aot.COMPILER_OPTIONS | NO_SPILLS)
+    found = audit(program, mesh, ("keys", "values"))
     assert found.copies == ()
-    assert all(p.aliased for p in found.parameters if p.name.startswith(("keys", "values")))
-
-
-HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-CHOSEN = [
-    (gpu, dtype, kv_dtype)
-    for gpu in ("a100", "h100")
-    for dtype in ("float32", "bfloat16", "float16")
-    for kv_dtype in (dtype, *(("int8", "float8_e4m3fn") if dtype == "bfloat16" else ()))
-    if (gpu, kv_dtype) != ("a100", "float8_e4m3fn")  # which dispatch refuses
-]
-
-
-@needs_compiler
-@pytest.mark.parametrize(("gpu", "dtype", "kv_dtype"), CHOSEN, ids="-".join)
-def test_all_that_is_chosen_compiles(gpu: str, dtype: str, kv_dtype: str) -> None:
-    """Attention and KV write of every head_dim. An H200's programs are an H100's: the same chip."""
-    assert replace(GPUS["h200"].chip, name="") == replace(GPUS["h100"].chip, name="")
-    setting = Setting("gpu", GPUS[gpu].chip.capability, dtype, kv_dtype, 64, 4, 16)
-    assert {paged_attention(setting._replace(head_dim=h)).name for h in HEAD_DIMS} == {"triton"}
-    targets = [Target(gpu, dtype, kv_dtype, head_dim) for head_dim in HEAD_DIMS]
-    program, found = compiled_together(targets, triton.IMPLEMENTATION, 1, {})
-    assert found.copies == ()
-    kernels = Counter(re.findall(r'/(\w+)/pallas_call"', program.as_text()))
-    assert min(kernels["kv_write"], kernels["attend"]) >= 2 * len(HEAD_DIMS)
-
-
-@needs_compiler
-def test_two_layers_have_no_spills_and_write_in_place() -> None:
-    program, found = compiled(H200, triton.IMPLEMENTATION, num_layers=2)
-    assert found.copies == ()
-    sides, steps_and_layers = ("keys", "values"), [(step, layer) for step in range(2) for layer in range(2)]
-    of_layers = [f"{side}[0][{step}][{layer}]" for side in sides for step, layer in steps_and_layers]
+    sides, steps_and_layers = ("keys", "values"), [(step, layer) for step in range(2) for layer in range(NUM_LAYERS)]
+    of_layers = [f"{side}[{step}][{layer}]" for side in sides for step, layer in steps_and_layers]
     assert [p.name for p in found.parameters if p.aliased] == of_layers
     kernels = Counter(re.findall(r'/(\w+)/pallas_call"', program.as_text()))
     assert set(kernels) == {"kv_write", "attend", "merge"}
@@ -357,9 +300,23 @@ def test_two_layers_have_no_spills_and_write_in_place() -> None:
 
 
 @needs_compiler
-def test_spills_do_not_go_unnoticed() -> None:
-    """Tiles of 128 rows of 128 numbers in 4 warps are too much."""
-    tiling = triton.Tiling()
-    large = replace(tiling, many=replace(tiling.many, tile=triton.Tile(2, 64, 4, 3)))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="register spilling"):
-        compiled(H200, triton.implementation("large", triton.refuses, large))
+def test_caches_that_need_offsets_of_64_bits() -> None:
+    """Of 17 GiB: no registers spill for them either."""
+
+    def attend(q: Any, k_cache: Any, v_cache: Any, ragged: Ragged) -> Any:
+        shape = Shape(16, one_token_each=True)
+        plan = triton.IMPLEMENTATION.plan(ragged, NUM_SEQS, shape)
+        return triton.IMPLEMENTATION.attend(q, k_cache, v_cache, plan, shape, Scoring(1.0))
+
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    kv_cache = array((1 << 21, KV_HEADS, 16, HEAD_DIM), jnp.bfloat16)
+    q, tables = array((NUM_SEQS, KV_HEADS, GROUP, HEAD_DIM), jnp.bfloat16), array((NUM_SEQS, TABLE_WIDTH))
+    seqs = array((NUM_SEQS,))
+    with jax.set_mesh(mesh_of("h200")):
+        kernels = kernels_of(
+            "64 bits:", attend, q, kv_cache, kv_cache, Ragged(seqs, array((NUM_SEQS + 1,)), seqs, tables, seqs)
+        )
+    assert [kernel.own_name for kernel in kernels] == ["attend", "merge"]
+    assert failures("h200", kernels) == {}
