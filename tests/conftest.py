@@ -23,7 +23,11 @@ MOST_MAPS = 25_000
 """Of memory, with which a process goes on to the next file as it is."""
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Options of XLA with which engines on a CPU are compiled in two thirds of the time, to slower code of the same
-program. JAXSERVE_TEST_OPTIMIZED=1 leaves them out."""
+program. ``jax_disable_most_optimizations`` does so with all other programs, and would with those for absent GPUs, which
+are to be what users get. JAXSERVE_TEST_OPTIMIZED=1 leaves both out."""
+FEW_COLLECTIONS = (50_000, 10, 10)
+"""Thresholds of Python's garbage collector, which takes a twentieth of the time otherwise: it looks through what jax
+traces, and finds it alive."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,7 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # A test run that was killed may leave such a file behind. It is compiled again, with this warning.
     config.addinivalue_line("filterwarnings", "default:Error (reading|writing) persistent compilation cache")
     assert len(jax.devices("cpu")) == NUM_DEVICES  # made now, while their number can still be chosen
-    if not os.environ.get("JAXSERVE_TEST_OPTIMIZED"):
+    if quickly():
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of processes that tests start
         options = build.compiler_options
         build.compiler_options = lambda mesh, platform, version: (
             options(mesh, platform, version) | (QUICKLY if platform == "cpu" else {})
@@ -48,6 +53,29 @@ def pytest_configure(config: pytest.Config) -> None:
     slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
     settings.register_profile("tests", derandomize=True, deadline=None, max_examples=60, suppress_health_check=slow)
     settings.load_profile("tests")
+    gc.set_threshold(*FEW_COLLECTIONS)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules stay as they are
+
+
+def quickly() -> bool:
+    """Whether programs for the CPU are to be compiled in little time."""
+    on_cpu = os.environ.get("JAXSERVE_TEST_PLATFORM", "cpu") == "cpu"
+    return on_cpu and not os.environ.get("JAXSERVE_TEST_OPTIMIZED")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before any fixture compiles."""
+    compiles_for_gpus = item.path.parent.name == "kernels" or "optimized" in getattr(item, "fixturenames", ())
+    jax.config.update("jax_disable_most_optimizations", quickly() and not compiles_for_gpus)
+
+
+@pytest.fixture(scope="session")
+def optimized() -> None:
+    """For tests that compile for GPUs: ``pytest_runtest_setup`` looks for this name."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -120,6 +148,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama without a tokenizer, with a vocabulary that no mesh divides and fewer KV heads than four ranks."""
     return write_llama(tmp_path_factory.mktemp("odd"))
+
+
+@pytest.fixture(scope="session")
+def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of five layers, which no number of stages but five divides."""
+    return write_llama(tmp_path_factory.mktemp("deep"), num_hidden_layers=5)
 
 
 @pytest.fixture(scope="session")

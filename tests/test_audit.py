@@ -366,9 +366,11 @@ def test_state_that_is_not_donated_is_reported(model: Path) -> None:
 # -- GPUs that are not there -------------------------------------------------------------------------------------------
 
 needs_compiler = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+optimized = pytest.mark.usefixtures("optimized")
 
 
 @needs_compiler
+@optimized
 def test_the_h200_program(model: Path, tmp_path: Path) -> None:
     engine = Engine(model, "dp=2,tp=2", "h200:4", dtype="bfloat16")
     layout = engine.layout(decode=True)
@@ -385,6 +387,7 @@ def test_the_h200_program(model: Path, tmp_path: Path) -> None:
 
 
 @needs_compiler
+@optimized
 @pytest.mark.parametrize("name", GPUS)
 def test_every_gpu_can_be_compiled_for(name: str) -> None:
     target = Cluster.parse(f"{name}:2")
@@ -403,11 +406,13 @@ CONFIGS = sorted(Path(sharding.__file__).with_name("configs").glob("*x*.toml"))
 
 
 @needs_compiler
+@optimized
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_meshes_of_launch_files_compile(path: Path, tmp_path: Path) -> None:
-    """For as many H200 on as many hosts as the file is named after, and within the budget."""
+    """For as many H200 on as many hosts as the file is named after, and within the budget; a layer for each stage."""
     hosts, gpus = map(int, path.stem.split("-")[0].split("x"))
-    (tmp_path / "config.json").write_text(json.dumps(MODEL | {"num_hidden_layers": 8}))
+    layers = max(2, MeshConfig.from_file(path).pp)
+    (tmp_path / "config.json").write_text(json.dumps(MODEL | {"num_hidden_layers": layers}))
     args = EngineArgs(model=str(tmp_path), mesh=path, dtype="bfloat16", **SMALL)
     run = DryRun.of(args, Cluster.parse(f"{gpus}xh200", hosts))
     (program,) = [run.program(layout) for layout in run.layouts(decode=True)]
@@ -417,6 +422,7 @@ def test_the_meshes_of_launch_files_compile(path: Path, tmp_path: Path) -> None:
 
 
 @needs_compiler
+@optimized
 def test_flags_of_a_mesh_file_reach_the_compiler(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "mesh.toml"
     for flag, is_known in (("--xla_gpu_enable_latency_hiding_scheduler=true", True), ("--xla_gpu_is_pink=true", False)):

@@ -12,6 +12,7 @@ from tiny_models import SMALL
 from jaxserve import LLM
 from jaxserve.build import GPU_RESERVE_BYTES, kv_bytes_on_gpu, step_bytes
 from jaxserve.config import GIB, decode_buckets, token_buckets
+from jaxserve.runner import ModelRunner
 
 BLOCK_BYTES = 2 * 2 * 4 * 2 * 8 * 4
 """K and V, 2 layers, 4 tokens, 2 KV heads of 8 float32 numbers: a block of ``odd_model``."""
@@ -22,15 +23,28 @@ def num_blocks(directory: Path, **options: object) -> int:
     return LLM(directory, skip_tokenizer_init=True, use_tqdm_on_load=False, **settings).engine.runner.num_blocks[0]
 
 
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are told how many blocks they have, and compile nothing."""
+
+    def note(runner: ModelRunner, num_blocks: tuple[int, ...], *_: object, **__: object) -> None:
+        runner.num_blocks = num_blocks
+
+    monkeypatch.setattr(ModelRunner, "warm_up", note)
+
+
+@pytest.mark.usefixtures("cold")
 def test_kv_cache_memory_bytes_is_what_the_blocks_take(odd_model: Path) -> None:
     assert num_blocks(odd_model, kv_cache_memory_bytes=50 * BLOCK_BYTES + 7) == 50
 
 
+@pytest.mark.usefixtures("cold")
 def test_no_more_blocks_than_could_be_used(odd_model: Path) -> None:
     """Four sequences of 128 tokens in blocks of four, and the null block."""
     assert num_blocks(odd_model) == 1 + 4 * 128 // 4
 
 
+@pytest.mark.usefixtures("cold")
 def test_a_cache_that_holds_nothing_is_refused_with_the_numbers(odd_model: Path) -> None:
     with pytest.raises(ValueError, match=rf"{BLOCK_BYTES:,}.*at least 2|kv_cache_memory_bytes leaves"):
         num_blocks(odd_model, kv_cache_memory_bytes=BLOCK_BYTES)
@@ -48,7 +62,7 @@ def test_the_step_says_what_it_needs(make_llm: Callable[..., LLM], odd_model: Pa
     rows = 2 * 4 * 4 * runner.decoder.vocab_size
     runner.warm = False
     try:
-        few, many = step_bytes(runner, 2), step_bytes(runner, 200)
+        few, many = step_bytes(runner, 21), step_bytes(runner, 130)
     finally:
         runner.warm = True
     assert weights + rows < few < weights + rows + (1 << 20)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import PROMPT, Oracle, one, run, tokens_of
+from tiny_models import PROMPT, Oracle, one, run, tokens_of, with_blocks
 
 from jaxserve import LLM, SamplingParams
 
@@ -65,8 +64,8 @@ def test_an_array_of_token_ids_is_a_prompt(tiny_llm: LLM) -> None:
     assert tokens_of(run(tiny_llm, np.array(PROMPT), params)) == expected
 
 
-def test_a_request_that_the_blocks_can_never_hold(make_llm: Callable[..., LLM], tiny_model: Path) -> None:
-    llm = make_llm(tiny_model, num_gpu_blocks_override=9)
+def test_a_request_that_the_blocks_can_never_hold(tiny_llm: LLM) -> None:
+    llm = with_blocks(tiny_llm, 9)
     with pytest.raises(ValueError) as error:
         llm.generate([[1] * 30], SamplingParams(max_tokens=20), use_tqdm=False)
     assert_one_line(error.value, "30 prompt tokens", "max_tokens=20", "13 KV blocks of 4", "has 8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -57,21 +58,11 @@ def test_everything(tmp_path: Path) -> None:
     assert config.flags_for("0.12.0") == ()
 
 
-def test_what_a_file_says_changes_the_layout_and_not_the_tokens(odd_model: Path, tmp_path: Path) -> None:
-    options = {
-        "skip_tokenizer_init": True,
-        "use_tqdm_on_load": False,
-        "max_model_len": 64,
-        "max_num_seqs": 4,
-        "decode_buckets": (4,),
-        "max_num_batched_tokens": 32,
-        "token_buckets": (32,),
-    }
+def test_what_a_file_says_changes_the_layout_and_not_the_tokens(
+    make_llm: Callable[..., LLM], odd_model: Path, tmp_path: Path
+) -> None:
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    plain = LLM(odd_model, **options)  # pyright: ignore[reportArgumentType]
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    plain = LLM(odd_model, **options)  # pyright: ignore[reportArgumentType]
-    laid_out = LLM(odd_model, mesh=write(tmp_path, REORDERED), **options)  # pyright: ignore[reportArgumentType]
+    plain, laid_out = (make_llm(odd_model, mesh=mesh) for mesh in (None, write(tmp_path, REORDERED)))
     down = laid_out.engine.runner.named_params["layers.0.mlp.down"]
     assert down.sharding.is_fully_replicated
     assert laid_out.engine.runner.mesh.devices.flat[0].id == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import PROMPT, one, run, tokens_of
+from tiny_models import PROMPT, SMALL, one, run, tokens_of
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import SchedulerConfig
@@ -92,12 +92,7 @@ def test_tenants_take_turns(make_llm: MakeLLM, tiny_model: Path) -> None:
         scheduling_policy="fair",
         fairness=fairness,
         use_tqdm_on_load=False,
-        max_model_len=64,
-        max_num_seqs=1,
-        decode_buckets=(1,),
-        max_num_batched_tokens=32,
-        token_buckets=(32,),
-        num_gpu_blocks_override=80,
+        **(SMALL | {"max_num_seqs": 1, "decode_buckets": (1,)}),
     )
     turns = order(llm, tenant=list("aaabbb"))
     assert turns.index(3) <= 1 and turns.index(4) <= 2  # b's are not behind all of a's

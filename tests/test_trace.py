@@ -16,7 +16,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from tiny_models import SMALL, run, write_llama
+from tiny_models import SMALL, run
 
 from jaxserve import LLM, AsyncLLM, SamplingParams, engine
 from jaxserve.batch import BatchLayout
@@ -109,7 +109,7 @@ def test_every_token_is_in_a_step(tracing: Tracing, tiny_model: Path) -> None:
 
 
 def test_devices_do_one_step_after_the_other_between_dispatch_and_wait(tracing: Tracing, odd_model: Path) -> None:
-    llm, path = tracing(odd_model, mesh="dp=2")
+    llm, path = tracing(odd_model, mesh="dp=2", num_gpu_blocks_override=21)
     run(llm, PROMPTS, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     trace = read(path)
     assert {e.track for e in trace.steps} == {1, 2}
@@ -127,7 +127,7 @@ def test_devices_do_one_step_after_the_other_between_dispatch_and_wait(tracing: 
 
 
 def test_preempted_aborted_and_several_at_once(tracing: Tracing, odd_model: Path) -> None:
-    llm, path = tracing(odd_model, num_gpu_blocks_override=13)
+    llm, path = tracing(odd_model, num_gpu_blocks_override=21)
     run(llm, [[i] * 20 for i in range(1, 7)], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
     run(llm, [[5, 6, 7]], SamplingParams(n=2, seed=1, max_tokens=3, ignore_eos=True))
     stream = llm.stream([[9, 9]], SamplingParams(max_tokens=30, ignore_eos=True))
@@ -145,9 +145,9 @@ def test_preempted_aborted_and_several_at_once(tracing: Tracing, odd_model: Path
     assert [j.whole.args["finish_reason"] for j in trace.journeys].count("abort") == 1
 
 
-def test_a_pipeline_passes_requests_on(tracing: Tracing, tmp_path: Path) -> None:
-    deep = write_llama(tmp_path, num_hidden_layers=5)
-    llm, path = tracing(deep, mesh="pp=2")
+def test_a_pipeline_passes_requests_on(tracing: Tracing, deep_model: Path) -> None:
+    llm, path = tracing(deep_model, mesh="pp=2")
+    llm.reset_prefix_cache()
     for _ in range(2):  # filled twice
         run(llm, PROMPTS[:2], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     trace = read(path)
@@ -185,9 +185,9 @@ def test_the_host_is_named(tracing: Tracing, odd_model: Path) -> None:
     assert first.name == "the host" and "'outside'" in first.evidence
 
 
-def test_a_pause_is_nobodys_time(tracing: Tracing, tmp_path: Path) -> None:
+def test_a_pause_is_nobodys_time(tracing: Tracing, deep_model: Path) -> None:
     """After an abort the devices do not compute until somebody asks again, whatever is left in a pipeline."""
-    llm, path = tracing(write_llama(tmp_path, num_hidden_layers=5), mesh="pp=2")
+    llm, path = tracing(deep_model, mesh="pp=2")
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
     for _ in range(2):
         stream = llm.stream([[1, 2, 3]], params)
@@ -203,7 +203,7 @@ def test_a_pause_is_nobodys_time(tracing: Tracing, tmp_path: Path) -> None:
 
 
 def test_what_is_computed_again_is_no_decoding(tracing: Tracing, odd_model: Path) -> None:
-    llm, path = tracing(odd_model, num_gpu_blocks_override=13, enable_prefix_caching=False)
+    llm, path = tracing(odd_model, num_gpu_blocks_override=21, enable_prefix_caching=False)
     counters = llm.engine.scheduler.counters
     before = llm.get_metrics().snapshot()
     run(llm, [[i] * 20 for i in range(1, 7)], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
@@ -266,7 +266,7 @@ def test_spans_that_do_not_nest_are_found(tmp_path: Path) -> None:
 def test_options(odd_model: Path, tmp_path: Path, make_llm: MakeLLM) -> None:
     """As a user would give them; what cannot be is refused."""
     path = tmp_path / "trace.json"
-    options: dict[str, Any] = SMALL | {"skip_tokenizer_init": True, "use_tqdm_on_load": False}
+    options = SMALL | {"num_gpu_blocks_override": 21, "skip_tokenizer_init": True, "use_tqdm_on_load": False}
     llm = LLM(odd_model, trace=path, mesh="tp=2", **options)
     run(llm, PROMPTS, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
     trace = read(path)

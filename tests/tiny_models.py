@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxserve import LLM, RequestOutput, SamplingParams
+from jaxserve.engine import Engine
 from jaxserve.layers.attention import dense_causal_attention
 from jaxserve.outputs import CompletionOutput
+from jaxserve.scheduler import Scheduler
 from jaxserve.tokenizer import bad_word_token_sequences
 from jaxserve.weights.source import Box, Source
 
@@ -64,6 +68,16 @@ def one(llm: LLM, prompt: Any = PROMPT, **params: Any) -> CompletionOutput:
     (output,) = run(llm, [prompt], SamplingParams(**params))
     (completion,) = output.outputs
     return completion
+
+
+def with_blocks(llm: LLM, num_blocks: int) -> LLM:
+    """One that has ``num_blocks`` of the KV blocks of ``llm``, and its programs, which need not be compiled again. One
+    of the two at a time; what is cached is forgotten."""
+    llm.reset_prefix_cache()
+    other, engine = copy(llm), llm.engine
+    scheduler = Scheduler(replace(engine.scheduler.config, num_blocks=num_blocks))
+    other.engine = Engine(scheduler, engine.runner, engine.tokenizer, engine.eos_token_ids)
+    return other
 
 
 def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[int]]:

@@ -10,8 +10,10 @@ import pytest
 from command_line import Run
 from tiny_models import write_llama
 
+from jaxserve.batch import BatchLayout
 from jaxserve.models.registry import decoder_config, load_hf_config
 from jaxserve.models.shape import model_shape
+from jaxserve.runner import ModelRunner
 from sharding import aot, cost_model
 from sharding.mesh import MeshConfig
 
@@ -78,7 +80,22 @@ def test_options_reach_the_planner(run: Run) -> None:
     assert next(p for p in found["plans"] if p["mesh"]["dp"] == 8)["batch"] == 3
 
 
+@pytest.fixture
+def compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that is run again on the same model and mesh gets the steps that were compiled the first time."""
+    compiled: dict[tuple[BatchLayout, tuple[int, ...]], Any] = {}
+    real = ModelRunner.step_program
+
+    def step_program(runner: ModelRunner, layout: BatchLayout, num_blocks: tuple[int, ...]) -> Any:
+        if (layout, num_blocks) not in compiled:
+            compiled[layout, num_blocks] = real(runner, layout, num_blocks)
+        return compiled[layout, num_blocks]
+
+    monkeypatch.setattr(ModelRunner, "step_program", step_program)
+
+
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.usefixtures("optimized", "compiled_once")
 def test_the_best_plan_is_verified(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     # Of two layers only, so that half of the memory is that of sampling.
     arguments = ["--model", "qwen2.5-0.5b", "--gpus", "2xh100", "--hf-overrides", '{"num_hidden_layers": 2}']
