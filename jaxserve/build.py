@@ -36,6 +36,7 @@ from jaxserve.recording import RecordedScheduler
 from jaxserve.runner import ModelRunner, RunnerConfig
 from jaxserve.scheduler import Scheduler
 from jaxserve.scoring import score_rows
+from jaxserve.step import Kernels
 from jaxserve.step_costs import gpu_of, step_cost
 from jaxserve.telemetry import RequestSpans
 from jaxserve.tokenizer import load_tokenizer
@@ -43,7 +44,7 @@ from jaxserve.trace import EngineTrace, Sink, Trace
 from jaxserve.trace_file import TraceFile
 from jaxserve.weights.checkpoint import Checkpoint
 from jaxserve.weights.loader import abstract_params, assemble, load_params, param_shardings, random_params
-from pallas_kernels import dispatch, sampling
+from pallas_kernels import dispatch, matmul, sampling
 from pallas_kernels.paged_attention import Setting
 from sharding import MeshConfig, ShardingRules, build_mesh
 from sharding.platform import use_cpu_without_gpus
@@ -172,10 +173,8 @@ def resolve_dtype(asked: str, hf: Any) -> jnp.dtype:
     return jnp.dtype(stored if asked == "auto" else asked)
 
 
-def resolve_kv_dtype(asked: str, model: jnp.dtype, platform: str) -> jnp.dtype:
-    if asked != "auto":
-        return jnp.dtype(jnp.float8_e4m3fn if asked == "fp8" else asked)
-    return jnp.dtype(jnp.float32) if platform == "cpu" else model
+def resolve_kv_dtype(asked: str, model: jnp.dtype) -> jnp.dtype:
+    return model if asked == "auto" else jnp.dtype(jnp.float8_e4m3fn if asked == "fp8" else asked)
 
 
 def load_model(
@@ -316,8 +315,11 @@ def _runner(
     """With the scheduler's limits, but for the number of blocks."""
     platform, dtype = mesh.devices.flat[0].platform, resolve_dtype(args.dtype, files.hf)
     mesh_config = resolve_mesh(args)
-    limits = _limits(args, decoder, platform, dtype, mesh_config)
-    config = _runner_config(args, decoder, limits, platform, dtype)
+    products = matmul.Setting(platform, str(dtype), mesh.devices.size)
+    multiply = dispatch.matmul_for(products, args.matmul_backend)
+    min_rows = multiply.fewest_rows(products)
+    limits = _limits(args, decoder, platform, min_rows, mesh_config)
+    config = _runner_config(args, decoder, limits, dtype, min_rows)
     device = mesh.devices.flat[0]
     setting = Setting(
         platform,
@@ -328,9 +330,12 @@ def _runner(
         decoder.group_size,
         config.block_size,
     )
-    attention = dispatch.paged_attention(setting, args.attention_backend)
-    tails = dispatch.tails_for(sampling.Setting(setting.platform, setting.capability))
-    runner = ModelRunner(model, decoder, attention, tails, config, mesh, mesh_config.sharding_rules)
+    kernels = Kernels(
+        dispatch.paged_attention(setting, args.attention_backend),
+        multiply,
+        dispatch.tails_for(sampling.Setting(platform, setting.capability)),
+    )
+    runner = ModelRunner(model, decoder, kernels, config, mesh, mesh_config.sharding_rules)
     runner.compiler_options = compiler_options(mesh_config, platform, jax.__version__)
     return runner, limits
 
@@ -341,7 +346,7 @@ def _capability(device: Any) -> tuple[int, int]:
 
 
 def _limits(
-    args: EngineArgs, decoder: DecoderConfig, platform: str, dtype: jnp.dtype, mesh: MeshConfig
+    args: EngineArgs, decoder: DecoderConfig, platform: str, min_rows: int, mesh: MeshConfig
 ) -> SchedulerConfig:
     """The scheduler's limits, but for the number of blocks, which is known once the step is compiled."""
     longest = args.max_model_len or decoder.max_position
@@ -370,7 +375,7 @@ def _limits(
         enable_prefix_caching=args.enable_prefix_caching,
         keys_depend_on_prompt_length=any(rope.depends_on_length for rope in decoder.ropes),
         num_scheduler_steps=args.num_scheduler_steps,
-        decode_buckets=tuple(sorted({max(b, _min_rows(platform, dtype)) for b in decode})),
+        decode_buckets=tuple(sorted({max(b, min_rows) for b in decode})),
         token_buckets=tuple(rows),
         policy=args.scheduling_policy,
         fairness=FairnessConfig.of(args.fairness),
@@ -404,7 +409,7 @@ def _swap(args: EngineArgs, runner: ModelRunner, platform: str) -> SwapConfig:
 
 
 def _runner_config(
-    args: EngineArgs, decoder: DecoderConfig, limits: SchedulerConfig, platform: str, dtype: jnp.dtype
+    args: EngineArgs, decoder: DecoderConfig, limits: SchedulerConfig, dtype: jnp.dtype, min_rows: int
 ) -> RunnerConfig:
     return RunnerConfig(
         decode_buckets=limits.decode_buckets,
@@ -412,17 +417,12 @@ def _runner_config(
         max_num_seqs=limits.max_num_seqs,
         blocks_per_sequence=limits.blocks_per_sequence,
         block_size=args.block_size,
-        kv_dtype=resolve_kv_dtype(args.kv_cache_dtype, dtype, platform),
+        kv_dtype=resolve_kv_dtype(args.kv_cache_dtype, dtype),
         windows=limits.windows,
         layer_groups=decoder.layer_groups(limits.max_model_len)[1],
         num_steps=limits.num_scheduler_steps,
-        min_rows=_min_rows(platform, dtype),
+        min_rows=min_rows,
     )
-
-
-def _min_rows(platform: str, dtype: jnp.dtype) -> int:
-    """XLA:CPU has no fast path for bfloat16 products of fewer rows than this (2 GB/s of weights instead of 35)."""
-    return 8 if platform == "cpu" and dtype != jnp.float32 else 1
 
 
 def _check_buckets(name: str, buckets: tuple[int, ...], limit_name: str, limit: int) -> None:

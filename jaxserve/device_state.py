@@ -16,17 +16,17 @@ from jaxserve.sampler import SamplerState
 from pallas_kernels.paged_attention import PagedAttention
 from sharding import ShardingRules
 
-KV_AXES = ("replica", "kv_blocks", "kv_heads", None, None)
+KV_AXES = (("stage", "replica", "kv_blocks"), "kv_heads", None, None)
+"""Of a cache: each device's blocks are a part of axis 0, so that a device has what kernels take as it is."""
 SLOT_AXES = ("replica", None, "vocab")
 
 
 class DeviceState(NamedTuple):
-    """keys and values: per layer [dp, num_blocks, K, ...], laid out as the attention implementation wants them (with
-    several ranks to a context, each has ``num_blocks`` of its own, and the axis is that of all ranks together);
-    last_tokens int32 [dp, slots]: what was sampled last in each slot.
+    """keys and values: per layer (of a stage) [pp * dp * cp * num_blocks, K, ...], laid out as the attention
+    implementation wants them: every stage, replica and rank of a context has ``num_blocks`` of its own; last_tokens
+    int32 [dp, slots]: what was sampled last in each slot.
 
-    With pipeline stages: keys and values per layer of a stage [pp, dp, num_blocks, K, ...]; activations
-    [pp, dp, T, D]: what each stage was passed by the one before.
+    With pipeline stages: activations [pp, dp, T, D]: what each stage was passed by the one before.
     """
 
     keys: list[Array]
@@ -57,15 +57,14 @@ def abstract_state(
     dp, stages = mesh.shape["dp"], (config.num_stages,) if config.num_stages > 1 else ()
     vocab = config.vocab_size + config.vocab_padding
 
-    def array(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any) -> Any:
+    def array(shape: tuple[int, ...], axes: tuple[str | tuple[str, ...] | None, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, rules.spec(axes)))
 
     def caches(which: int) -> list[Any]:
         heads = config.num_kv_heads, config.head_dim
-        ranks = mesh.shape["cp"]
-        shapes = [attention.cache_shapes(ranks * n, sizes.block_size, *heads)[which] for n in sizes.num_blocks]
-        axes = (*("stage",) * len(stages), *KV_AXES)
-        return [array((*stages, dp, *shape), axes, kv_dtype) for shape in shapes]
+        parts = prod(stages) * dp * mesh.shape["cp"]
+        shapes = [attention.cache_shapes(parts * n, sizes.block_size, *heads)[which] for n in sizes.num_blocks]
+        return [array(shape, KV_AXES, kv_dtype) for shape in shapes]
 
     rows = (dp, sizes.num_slots, vocab)
     sampler = SamplerState(array(rows, SLOT_AXES, jnp.float32), array(rows, SLOT_AXES, jnp.int32))

@@ -55,6 +55,7 @@ class EngineOptions(TypedDict, total=False):
     preemption_mode: PreemptionMode
     enable_prefix_caching: bool
     attention_backend: str | None
+    matmul_backend: str | None
     decode_buckets: tuple[int, ...] | None
     token_buckets: tuple[int, ...] | None
     compilation_cache_dir: str | None
@@ -133,8 +134,8 @@ class EngineArgs:
     kv_cache_memory_bytes: int | None = None
     """Bytes of KV blocks on each device."""
     kv_cache_dtype: str = "auto"
-    """auto = the model's dtype; on a CPU always float32, which is several times faster to read there. fp8 (e4m3, what
-    is too large saturates) takes a byte per number, and gives other tokens."""
+    """auto = the model's dtype. fp8 (e4m3, what is too large saturates) takes a byte per number, and gives other
+    tokens."""
     swap_space: float | None = None
     """GiB of host memory per replica for the blocks of preempted requests; None = 4 on a GPU, and none on a CPU,
     whose cache is in host memory already."""
@@ -143,7 +144,9 @@ class EngineArgs:
     enable_prefix_caching: bool = True
     """Share KV blocks between requests that begin with the same tokens."""
     attention_backend: str | None = None
-    """An implementation of ``pallas_kernels.dispatch``; None = the platform's default."""
+    """An implementation of ``pallas_kernels.dispatch``; None = the best that runs here."""
+    matmul_backend: str | None = None
+    """As ``attention_backend``: of products with weights."""
     decode_buckets: tuple[int, ...] | None = None
     """Numbers of sequences that decoding steps are compiled for; None = powers of two up to max_num_seqs, and the
     halfway points between larger ones."""

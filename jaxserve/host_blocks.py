@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from jaxserve.config import SWAP_CHUNK
 from jaxserve.device_state import KV_AXES, DeviceState
@@ -42,10 +42,10 @@ class SwappedBlocks:
         assert isinstance(sharding, NamedSharding)
         self.mesh, self._sharding = sharding.mesh, sharding
         self._groups, self._spec = layer_groups, rules.spec(KV_AXES)
-        self._num_replicas, self._num_groups = state.keys[0].shape[0], max(layer_groups) + 1
-        per_replica = rules.spec(("replica", None, None))
+        self._num_replicas, self._num_groups = self.mesh.shape["dp"], max(layer_groups) + 1
+        self._row = rules.spec(("replica",))
         shape = (self._num_replicas, self._num_groups, SWAP_CHUNK)
-        index = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, per_replica))
+        index = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, self._row))
         caches: Caches = (state.keys, state.values)
         chunk = jax.tree.map(self._chunk_of, caches)
         shardings = jax.tree.map(lambda x: x.sharding, caches)
@@ -54,7 +54,7 @@ class SwappedBlocks:
         self._scatter = compile("swap_in", "swap_in", lambda: scatter.lower(caches, chunk, index))
 
     def _chunk_of(self, cache: Array) -> jax.ShapeDtypeStruct:
-        shape = (cache.shape[0], self.mesh.shape["cp"] * SWAP_CHUNK, *cache.shape[2:])
+        shape = (self._num_replicas * self.mesh.shape["cp"] * SWAP_CHUNK, *cache.shape[1:])
         return jax.ShapeDtypeStruct(shape, cache.dtype, sharding=cache.sharding)
 
     # -- what the engine asks for ------------------------------------------------------------------------------------
@@ -102,7 +102,8 @@ class SwappedBlocks:
 
     def _to_host(self, gathered: Array, replica: int) -> dict[Any, Array]:
         """The replica's shards, by device."""
-        shards = [s for s in gathered.addressable_shards if (s.index[0].start or 0) == replica]
+        per_replica = gathered.shape[0] // self._num_replicas
+        shards = [s for s in gathered.addressable_shards if (s.index[0].start or 0) // per_replica == replica]
         return {s.device: jax.device_put(s.data, _memory(s.device, "pinned_host")) for s in shards}
 
     def _to_devices(self, chunk: dict[Any, Array], cache: Array) -> Array:
@@ -115,19 +116,18 @@ class SwappedBlocks:
 
     def _gather_blocks(self, caches: Caches, index: Array) -> Caches:
         def one_device(cache: Array, blocks: Array) -> Array:
-            return cache[0].at[blocks[0]].get(mode="clip")[None]
+            return cache.at[blocks[0]].get(mode="clip")
 
         return self._per_layer(one_device, caches, index=index)
 
     def _scatter_blocks(self, caches: Caches, chunk: Caches, index: Array) -> Caches:
         def one_device(cache: Array, new: Array, blocks: Array) -> Array:
-            return cache[0].at[blocks[0]].set(new[0], mode="drop")[None]
+            return cache.at[blocks[0]].set(new, mode="drop")
 
         return self._per_layer(one_device, caches, chunk, index=index)
 
     def _per_layer(self, one_device: Callable[..., Array], *trees: Caches, index: Array) -> Caches:
-        row = PartitionSpec(*self._spec[:1])
-        specs = (*(self._spec for _ in trees), row)
+        specs = (*(self._spec for _ in trees), self._row)
         f = jax.shard_map(one_device, mesh=self.mesh, in_specs=specs, out_specs=self._spec, check_vma=False)
         keys, values = (
             [f(*layer, index[:, self._groups[i]]) for i, layer in enumerate(zip(*caches, strict=True))]

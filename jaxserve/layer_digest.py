@@ -39,17 +39,17 @@ def layer_digests(runner: ModelRunner, token_ids: Sequence[int]) -> list[LayerDi
     """Of the embedding, every layer and the final norm, for a prompt."""
     decoder = replace(runner.decoder, num_stages=1)
     graph, shapes = abstract_params(decoder, runner.params[0].dtype)
-    constrain = runner.traced.constrain
+    ops = runner.traced.ops()
 
     def forward(named: dict[str, Array], tokens: Array) -> Array:
         model: Decoder = nnx.merge(graph, assemble(shapes, _unstaged(named, runner.decoder)))
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         ropes = [rope_tables(rope, positions, jnp.full_like(positions, tokens.shape[1])) for rope in decoder.ropes]
         attend = dense_causal_attention(decoder)
-        x = constrain(model.embed(tokens, positions), ("replica", None, "embed"))
+        x = ops.constrain(model.embed(tokens, positions, ops.multiply), ("replica", None, "embed"))
         rows = [_figures(x)]
         for i, (layer, options) in enumerate(zip(model.layers, decoder.layers, strict=True)):
-            x = layer(x, i, None if options.rope is None else ropes[options.rope], attend, constrain)
+            x = layer(x, i, None if options.rope is None else ropes[options.rope], attend, ops)
             rows.append(_figures(x))
         return jnp.stack([*rows, _figures(model.normalize(x))])
 

@@ -23,9 +23,7 @@ from jaxserve.host_blocks import SwappedBlocks
 from jaxserve.models.config import DecoderConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.sampler import SamplerState
-from jaxserve.step import Step
-from pallas_kernels.paged_attention import PagedAttention
-from pallas_kernels.sampling import Tails
+from jaxserve.step import Kernels, Step
 from sharding import ShardingRules
 
 SCORE_ROWS = (8, 64)
@@ -78,7 +76,7 @@ class RunnerConfig:
     num_steps: int = 1
     """Decode steps that one call may run."""
     min_rows: int = 1
-    """Fewest rows of a product (one-row bfloat16 products have no fast path on a CPU)."""
+    """Fewest rows of a product that has a fast path."""
 
     def layout(self, bucket: int, one_token_each: bool, num_steps: int = 1) -> BatchLayout:
         """Of a step with ``bucket`` token rows."""
@@ -123,8 +121,7 @@ class ModelRunner:
         self,
         model: tuple[Any, Any],
         decoder: DecoderConfig,
-        attention: PagedAttention,
-        tails: Tails,
+        kernels: Kernels,
         config: RunnerConfig,
         mesh: Mesh,
         rules: ShardingRules,
@@ -133,10 +130,10 @@ class ModelRunner:
         graph, state = model
         # A plain list: flattening nnx variables costs a millisecond a step.
         self.params, tree = jax.tree.flatten(state)
-        self.decoder, self.attention, self.config = decoder, attention, config
+        self.decoder, self.kernels, self.config = decoder, kernels, config
         self.mesh, self.rules = mesh, rules
         self.traced = Step(
-            graph, tree, decoder, attention, tails, mesh, rules, config.block_size, config.windows, config.layer_groups
+            graph, tree, decoder, kernels, mesh, rules, config.block_size, config.windows, config.layer_groups
         )
         self.num_blocks: tuple[int, ...] = ()
         """KV blocks of each group of layers."""
@@ -184,7 +181,7 @@ class ModelRunner:
         of_layers = [num_blocks[group] for group in c.layer_groups]
         rows = None if self.decoder.num_stages == 1 else (max(c.token_buckets), self.params[0].dtype)
         sizes = StateSizes(of_layers, c.block_size, c.max_num_seqs, rows)
-        return abstract_state(self.decoder, self.attention, c.kv_dtype, sizes, self.mesh, self.rules)
+        return abstract_state(self.decoder, self.kernels.attention, c.kv_dtype, sizes, self.mesh, self.rules)
 
     def step_program(self, layout: BatchLayout, num_blocks: tuple[int, ...]) -> Any:
         """The compiled step for ``layout`` and caches of ``num_blocks`` (of each group of layers)."""
@@ -323,9 +320,7 @@ class ModelRunner:
             self.move_blocks([(0, 0, blocks)], [(0, 0, blocks)], [])
             jax.block_until_ready(self.state)
 
-        moved = (
-            2 * SWAP_CHUNK * sum(x.nbytes // x.shape[0] // x.shape[1] for x in [*self.state.keys, *self.state.values])
-        )
+        moved = 2 * SWAP_CHUNK * sum(x.nbytes // x.shape[0] for x in [*self.state.keys, *self.state.values])
         return layout.num_tokens / _seconds(prefill), moved / _seconds(move)
 
     # -- what the engine calls -------------------------------------------------------------------------------------

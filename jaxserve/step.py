@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,10 @@ from jaxserve.batch import FLOAT_FIELDS, BatchLayout
 from jaxserve.device_state import KV_AXES, SLOT_AXES, DeviceState
 from jaxserve.layers.attention import Projection, head_norm
 from jaxserve.models.config import DecoderConfig
-from jaxserve.models.decoder import Decoder
+from jaxserve.models.decoder import Decoder, Ops
 from jaxserve.sampler import LOGITS, SamplerState, SamplingRows, Wanted, count_tokens, find_cutoff, sample
 from pallas_kernels.kv_write import Inputs
+from pallas_kernels.matmul import Matmul
 from pallas_kernels.paged_attention import PagedAttention, Ragged, Scoring, Shape
 from pallas_kernels.sampling import Tails
 from sharding import ShardingRules
@@ -41,16 +42,22 @@ Caches = tuple[list[Array], list[Array]]
 """K and V of every layer."""
 
 
+class Kernels(NamedTuple):
+    """What a step's ops are computed by."""
+
+    attention: PagedAttention
+    matmul: Matmul
+    tails: Tails
+
+
 @dataclass(frozen=True)
 class Step:
-    """The static side of a step: the model's structure, how attention and the thresholds of sampling are computed,
-    what lies where."""
+    """The static side of a step: the model's structure, what computes it, what lies where."""
 
     graph: Any
     tree: Any
     decoder: DecoderConfig
-    attention: PagedAttention
-    tails: Tails
+    kernels: Kernels
     mesh: Mesh
     rules: ShardingRules
     block_size: int
@@ -106,7 +113,7 @@ class Step:
         model = self.model(params)
         first, last = ({name: unpack(b, layout, name) for name in layout.fields} for b in (entering, leaving))
         token_ids = _known_tokens(first["token_ids"], state.last_tokens)
-        x = self.constrain(model.embed(token_ids, first["positions"]), WHOLE_AXES)
+        x = self.constrain(model.embed(token_ids, first["positions"], self.kernels.matmul.multiply), WHOLE_AXES)
         assert state.activations is not None
         passed = state.activations[:, :, : layout.num_tokens]
         caches, moved = self._stages(params, (state.keys, state.values), passed, x, staged, layout)
@@ -125,7 +132,7 @@ class Step:
         model = self.model(params)
         if self.decoder.num_stages > 1:
             hidden = model.normalize(hidden)
-        logprobs = jax.nn.log_softmax(model.unembed(hidden), axis=-1)
+        logprobs = jax.nn.log_softmax(model.unembed(hidden, self.kernels.matmul.multiply), axis=-1)
         if num_top is None:
             return (logprobs,)
         target = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)
@@ -140,14 +147,14 @@ class Step:
         """Embed, layers with their KV blocks, logits of every sequence's last token, sampling."""
         paged = PagedLayers(self, (state.keys, state.values), batch, layout)
         token_ids = _known_tokens(batch["token_ids"], state.last_tokens)
-        hidden = model(token_ids, batch["positions"], paged, rope_lens=batch["rope_lens"], constrain=self.constrain)
+        hidden = model(token_ids, batch["positions"], paged, rope_lens=batch["rope_lens"], ops=self.ops())
         last = jnp.take_along_axis(hidden, batch["logits_indices"][..., None], axis=1)
         state = state._replace(keys=paged.keys, values=paged.values)
         tokens, state = self._sample(self._logits(model, last), state, batch, flags)
         return tokens, hidden, state
 
     def _logits(self, model: Decoder, hidden: Array) -> Array:
-        return self.constrain(model.unembed(hidden), ("replica", None, "vocab"))
+        return self.constrain(model.unembed(hidden, self.kernels.matmul.multiply), ("replica", None, "vocab"))
 
     def _sample(self, logits: Array, state: DeviceState, batch: Arrays, flags: Wanted) -> tuple[Array, DeviceState]:
         """Tokens [dp, S], and the state that remembers them."""
@@ -183,7 +190,7 @@ class Step:
         """The layers of every stage, each stage on its own batch. Manual over ``pp`` only: XLA still inserts the
         collectives of the other axes.
 
-        caches: per layer of a stage [pp, dp, ...]; passed [pp, dp, T, D]: what each stage was passed; entering
+        caches: per layer of a stage [pp * dp * ..., ...]; passed [pp, dp, T, D]: what each stage was passed; entering
         [dp, T, D]: what the first one takes instead. Returns caches, and what each stage is passed for the next tick.
         """
         decoder, pp = self.decoder, self.decoder.num_stages
@@ -195,14 +202,12 @@ class Step:
             mine = iter([p[0] for p in stacked])
             model = self.model([next(mine) if is_layer else p for p, is_layer in zip(params, of_layers, strict=True)])
             batch = {name: unpack(staged[0], layout, name) for name in layout.fields}
-            keys, values = ([cache[0] for cache in side] for side in caches)
-            paged = PagedLayers(self, (keys, values), batch, layout, inside_stage=True)
+            paged = PagedLayers(self, caches, batch, layout, inside_stage=True)
             x = jnp.where(stage == 0, entering, passed[0])
             there = partial(_is_there, decoder, stage) if decoder.has_idle_places else None
-            constrain = partial(self.constrain, inside_stage=True)
-            x = model.transform(x, batch["positions"], batch["rope_lens"], paged, constrain, there)
+            x = model.transform(x, batch["positions"], batch["rope_lens"], paged, self.ops(inside_stage=True), there)
             x = jax.lax.ppermute(x, "pp", [(i, (i + 1) % pp) for i in range(pp)])
-            keys, values = ([row_major(cache[None]) for cache in side] for side in (paged.keys, paged.values))
+            keys, values = ([row_major(cache) for cache in side] for side in (paged.keys, paged.values))
             return (keys, values), x[None]
 
         per_stage = PartitionSpec("pp")
@@ -215,6 +220,10 @@ class Step:
             check_vma=False,
         )(stacked, caches, passed, entering, staged)
 
+    def ops(self, inside_stage: bool = False) -> Ops:
+        """How the decoder runs on this mesh."""
+        return Ops(partial(self.constrain, inside_stage=inside_stage), self.kernels.matmul.multiply)
+
     def constrain(self, x: Array, axes: tuple[str | None, ...], inside_stage: bool = False) -> Array:
         """Pin an activation to the devices that its logical axes name."""
         spec = self.rules.spec(axes)
@@ -226,7 +235,7 @@ class Step:
         axes = tuple(axis for axis in mesh_axes(self.rules.vocab) if self.mesh.shape[axis] > 1)
         add_up = partial(jax.lax.psum, axis_name=axes)
         logits, row = self.rules.spec(LOGITS), self.rules.spec(("replica", None))
-        on_device = partial(find_cutoff, tails=self.tails, add_up=add_up)
+        on_device = partial(find_cutoff, tails=self.kernels.tails, add_up=add_up)
         specs = (logits, row, row, row)
         return jax.shard_map(on_device, mesh=self.mesh, in_specs=specs, out_specs=row, check_vma=False)(
             scaled, best, top_k, top_p
@@ -282,7 +291,7 @@ class PagedLayers:
 
         def one_device(ragged: Ragged) -> Any:
             mine = own_part(Ragged(*(x[0] for x in ragged)), shape.block_size, ranks)
-            plan = self.step.attention.plan(mine, self.layout.num_tokens, shape)
+            plan = self.step.kernels.attention.plan(mine, self.layout.num_tokens, shape)
             return jax.tree.map(lambda x: x[None, None], plan)
 
         ragged, per_replica = self.ragged, self.step.rules.spec(("replica",))
@@ -302,7 +311,7 @@ class PagedLayers:
         shape: Shape,
         scoring: Scoring,
     ) -> tuple[Array, Array, Array]:
-        attention, spec, ranks = self.step.attention, self.step.rules.spec, self.step.mesh.shape["cp"]
+        attention, spec, ranks = self.step.kernels.attention, self.step.rules.spec, self.step.mesh.shape["cp"]
         norm = head_norm(self.step.decoder)
 
         def one_device(projection: Projection, keys: Array, values: Array, slots: Array, plan: Any) -> Any:
@@ -310,16 +319,17 @@ class PagedLayers:
             rope = None if rope is None else (rope[0][0], rope[1][0])
             inputs = Inputs(qkv[0], own_slots(slots[0], shape.block_size, ranks), rope, weights)
             with jax.named_scope("kv_write"):
-                q, keys, values = attention.kv_write.write(keys[0], values[0], inputs, norm, scoring)
+                q, keys, values = attention.kv_write.write(keys, values, inputs, norm, scoring)
             with jax.named_scope("paged_attention"):
                 plan = jax.tree.map(lambda x: x[0, 0], plan)
                 out, lse = attention.attend(q, keys, values, plan, shape, scoring)
             if ranks > 1:
                 with jax.named_scope("merge"):
                     out = merge(out, lse, "cp")
-            return out.astype(q.dtype)[None], row_major(keys[None]), row_major(values[None])
+            return out.astype(q.dtype)[None], row_major(keys), row_major(values)
 
-        kv, heads, replica = spec(KV_AXES), spec(HEAD_AXES), spec(("replica",))
+        blocks = KV_AXES[0][1:] if self.inside_stage else KV_AXES[0]
+        kv, heads, replica = spec((blocks, *KV_AXES[1:])), spec(HEAD_AXES), spec(("replica",))
         specs = (Projection._make((heads, replica, PartitionSpec())), kv, kv, replica, spec(("replica", "kv_blocks")))
         return self._on_each_device(one_device, specs, (heads, kv, kv))(projection, keys, values, slots, plan)
 

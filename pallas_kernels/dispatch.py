@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from pallas_kernels import dequant_matmul, grouped_matmul, mla_attention, sampling
+from pallas_kernels import dequant_matmul, grouped_matmul, matmul, mla_attention, sampling
 from pallas_kernels.dequant_matmul import DequantMatmul
 from pallas_kernels.dequant_matmul import reference as dequant_reference
 from pallas_kernels.dequant_matmul import triton as dequant_triton
@@ -13,10 +13,13 @@ from pallas_kernels.grouped_matmul import GroupedMatmul
 from pallas_kernels.grouped_matmul import mosaic as grouped_mosaic
 from pallas_kernels.grouped_matmul import reference as grouped_reference
 from pallas_kernels.grouped_matmul import triton as grouped_triton
+from pallas_kernels.matmul import Matmul
+from pallas_kernels.matmul import native as matmul_native
+from pallas_kernels.matmul import reference as matmul_reference
 from pallas_kernels.mla_attention import MlaAttention
 from pallas_kernels.mla_attention import reference as mla_reference
 from pallas_kernels.mla_attention import triton as mla_triton
-from pallas_kernels.paged_attention import PagedAttention, Setting, cpu, mosaic, reference, triton
+from pallas_kernels.paged_attention import PagedAttention, Setting, cpu, mosaic, native, reference, triton
 from pallas_kernels.sampling import Tails
 from pallas_kernels.sampling import reference as tails_reference
 from pallas_kernels.sampling import triton as tails_triton
@@ -39,8 +42,14 @@ def _by_name[I: Implementation](*implementations: I) -> dict[str, I]:
 
 
 PAGED_ATTENTION: Mapping[str, PagedAttention] = _by_name(
-    reference.IMPLEMENTATION, cpu.IMPLEMENTATION, triton.IMPLEMENTATION, triton.INTERPRETED, mosaic.IMPLEMENTATION
+    reference.IMPLEMENTATION,
+    cpu.IMPLEMENTATION,
+    native.IMPLEMENTATION,
+    triton.IMPLEMENTATION,
+    triton.INTERPRETED,
+    mosaic.IMPLEMENTATION,
 )
+MATMUL: Mapping[str, Matmul] = _by_name(matmul_reference.IMPLEMENTATION, matmul_native.IMPLEMENTATION)
 MLA_ATTENTION: Mapping[str, MlaAttention] = _by_name(
     mla_reference.IMPLEMENTATION, mla_triton.IMPLEMENTATION, mla_triton.INTERPRETED
 )
@@ -58,7 +67,8 @@ TAILS: Mapping[str, Tails] = _by_name(
 )
 
 BEST: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "paged attention": {"cpu": ("cpu",), "gpu": ("triton",)},
+    "paged attention": {"cpu": ("native", "cpu"), "gpu": ("triton",)},
+    "matrix product": {"cpu": ("native", "reference"), "gpu": ("reference",)},
     "latent attention": {"cpu": ("reference",), "gpu": ("triton",)},
     "grouped matmul": {"cpu": ("reference",), "gpu": ("triton",)},
     "dequantising matmul": {"cpu": ("reference",), "gpu": ("triton",)},
@@ -71,6 +81,11 @@ come first once they have been timed there."""
 def paged_attention(setting: Setting, backend: str | None = None) -> PagedAttention:
     """The ``backend`` that is asked for, or the best for the setting; ValueError says why there is none."""
     return _choose("paged attention", PAGED_ATTENTION, setting, backend)
+
+
+def matmul_for(setting: matmul.Setting, backend: str | None = None) -> Matmul:
+    """As ``paged_attention``."""
+    return _choose("matrix product", MATMUL, setting, backend)
 
 
 def mla_attention_for(setting: mla_attention.Setting, backend: str | None = None) -> MlaAttention:

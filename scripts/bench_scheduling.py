@@ -221,7 +221,7 @@ def memory(bench: Bench) -> dict[str, Any]:
     metrics = run(bench.engine(max_num_seqs=32), prompts, lengths)["metrics"]
     state = bench.runner.state
     assert state is not None
-    block_bytes = sum(x.nbytes // x.shape[0] // x.shape[1] for x in [*state.keys, *state.values])
+    block_bytes = sum(x.nbytes // x.shape[0] for x in [*state.keys, *state.values])
     return {
         "mixed workload": {
             "block_size": bench.config.block_size,

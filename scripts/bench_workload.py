@@ -158,6 +158,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint directory")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--load-format", default="auto", help="dummy: random weights, config.json is enough")
+    parser.add_argument("--attention-backend", help="instead of the best that runs here")
+    parser.add_argument("--matmul-backend", help="instead of the best that runs here")
     parser.add_argument("--mixed", action="store_true", help="output lengths from 16 to 256")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, default=512, help="token budget of one step")
@@ -169,6 +172,9 @@ def main() -> None:
     llm = LLM(
         args.model,
         dtype=args.dtype,
+        load_format=args.load_format,
+        attention_backend=args.attention_backend,
+        matmul_backend=args.matmul_backend,
         max_model_len=512,
         max_num_seqs=REQUESTS,
         max_num_batched_tokens=args.batch_tokens,

@@ -28,17 +28,23 @@ class ShardingRules:
     """The query heads of one KV head, then its K and its V."""
     mlp: str | None = "tp"
 
-    def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
-        """PartitionSpec for ``axes``; raises if two of them would land on the same mesh axis."""
-        known = {field.name for field in fields(self)}
-        for axis in axes:
-            if axis is not None and axis not in known:
-                raise ValueError(f"unknown logical axis {axis!r}; known: {', '.join(sorted(known))}")
-        entries = [None if axis is None else getattr(self, axis) for axis in axes]
+    def spec(self, axes: Sequence[str | tuple[str, ...] | None]) -> PartitionSpec:
+        """PartitionSpec for ``axes``, of which a tuple are several in one, the first outermost; raises if two of them
+        would land on the same mesh axis."""
+        entries = [self._entry(axis) if isinstance(axis, tuple) else self._mesh_axis(axis) for axis in axes]
         used = [name for entry in entries if entry is not None for name in mesh_axes(entry)]
         if len(used) != len(set(used)):
             raise ValueError(f"logical axes {tuple(axes)} would use one mesh axis twice: {tuple(entries)}")
         return PartitionSpec(*entries)
+
+    def _entry(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for axis in axes for name in mesh_axes(self._mesh_axis(axis)))
+
+    def _mesh_axis(self, axis: str | None) -> str | tuple[str, ...] | None:
+        known = {field.name for field in fields(self)}
+        if axis is not None and axis not in known:
+            raise ValueError(f"unknown logical axis {axis!r}; known: {', '.join(sorted(known))}")
+        return None if axis is None else getattr(self, axis)
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_equivalence import assert_same, workload
-from tiny_models import run, tokens_of, write_llama
+from tiny_models import run, tokens_of, with_blocks, write_llama
 
 from jaxserve import LLM, RequestOutput, SamplingParams
 
@@ -22,7 +22,7 @@ def alone(make_llm: MakeLLM, odd_model: Path) -> list[RequestOutput]:
     return [run(llm, [prompt], params)[0] for prompt, params in zip(*workload(), strict=True)]
 
 
-@pytest.mark.parametrize(("mesh", "blocks"), [("cp=2", 13), ("cp=4", 7), ("cp=2,tp=2", 13), ("cp=2,pp=2", 13)])
+@pytest.mark.parametrize(("mesh", "blocks"), [("cp=2", 13), ("cp=4", 9), ("cp=2,tp=2", 13), ("cp=2,pp=2", 13)])
 def test_the_same_tokens_on_every_mesh(
     make_llm: MakeLLM, odd_model: Path, alone: list[RequestOutput], mesh: str, blocks: int
 ) -> None:
@@ -44,7 +44,7 @@ def test_a_context_longer_than_the_blocks_of_one_device(make_llm: MakeLLM, odd_m
     """Nine blocks of four tokens on each of four devices hold a sequence of 120 tokens, which one device refuses."""
     prompt, params = list(range(1, 100)), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     with pytest.raises(ValueError, match="has 8"):
-        run(make_llm(odd_model, num_gpu_blocks_override=9), [prompt], params)
+        run(with_blocks(make_llm(odd_model), 9), [prompt], params)
     expected = run(make_llm(odd_model), [prompt], params)
     llm = make_llm(odd_model, mesh="cp=4", num_gpu_blocks_override=9)
     assert tokens_of(run(llm, [prompt], params)) == tokens_of(expected)
@@ -60,11 +60,11 @@ def test_blocks_are_dealt_out(make_llm: MakeLLM, odd_model: Path) -> None:
     state = llm.engine.runner.state
     assert state is not None
     after = [np.asarray(shard.data) for shard in state.keys[0].addressable_shards]
-    changed = [(a != b).any(axis=(0, 2, 3, 4)) for a, b in zip(after, before, strict=True)]
+    changed = [(a != b).any(axis=(1, 2, 3)) for a, b in zip(after, before, strict=True)]
     written = [set(np.nonzero(c)[0].tolist()) - {0} for c in changed]
     assert len(written) == 2 and written[0] == written[1] and len(written[0]) == 2
     block = min(written[0])
-    assert (after[0][:, block] != after[1][:, block]).any()
+    assert (after[0][block] != after[1][block]).any()
     assert state.keys[0].dtype == jnp.float32
 
 

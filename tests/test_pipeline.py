@@ -27,12 +27,6 @@ MakeLLM = Callable[..., LLM]
 
 
 @pytest.fixture(scope="module")
-def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five layers, which no number of stages but five divides."""
-    return write_llama(tmp_path_factory.mktemp("deep"), num_hidden_layers=5)
-
-
-@pytest.fixture(scope="module")
 def alone(make_llm: MakeLLM, deep_model: Path) -> list[RequestOutput]:
     llm = make_llm(deep_model)
     return [run(llm, [prompt], params)[0] for prompt, params in zip(*workload(), strict=True)]
@@ -52,7 +46,7 @@ def test_the_same_tokens_on_every_mesh(
 
 
 def test_one_tick_after_the_other(make_llm: MakeLLM, deep_model: Path, alone: list[RequestOutput]) -> None:
-    llm = make_llm(deep_model, mesh="pp=2", num_gpu_blocks_override=400, async_scheduling=False)
+    llm = make_llm(deep_model, mesh="pp=2", num_gpu_blocks_override=130, async_scheduling=False)
     for _ in range(2):  # the second time with prefixes of the first
         assert_same(run(llm, *workload()), alone)
     assert llm.get_metrics().scheduler.prefix_cache_hits > 100
@@ -109,7 +103,9 @@ def test_weights_and_blocks_are_divided(make_llm: MakeLLM, deep_model: Path) -> 
     }
     assert len(per_device) == 1
     assert staged.state is not None
-    assert len(staged.state.keys) == 3 and staged.state.keys[0].shape[0] == 2
+    assert whole.state is not None
+    assert len(staged.state.keys) == 3
+    assert staged.state.keys[0].shape[0] == 2 * staged.num_blocks[0]
 
 
 @pytest.mark.slow

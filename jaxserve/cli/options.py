@@ -162,7 +162,10 @@ class EngineFlags(ModelFlags):
         str | None, _engine("--otlp-traces-endpoint", metavar="URL", help="Send requests' spans to this collector.")
     ] = None
     attention_backend: Annotated[
-        str | None, _engine("--attention-backend", help="Paged attention to use; none = the platform's.")
+        str | None, _engine("--attention-backend", help="Paged attention to use. Default: the best that runs here.")
+    ] = None
+    matmul_backend: Annotated[
+        str | None, _engine("--matmul-backend", help="Products with weights to use. Default: the best that runs here.")
     ] = None
     compilation_cache_dir: Annotated[
         str | None,

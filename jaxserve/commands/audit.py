@@ -89,7 +89,8 @@ def _report(run: DryRun, programs: Sequence[Program], memory: Memory | None) -> 
         "model": run.files.directory.name,
         "mesh": run.mesh.sizes,
         "target": None if run.cluster is None else str(run.cluster),
-        "attention": run.runner.attention.name,
+        "attention": run.runner.kernels.attention.name,
+        "matmul": run.runner.kernels.matmul.name,
         "num_blocks": run.num_blocks,
         "weight_bytes": run.weights,
         "programs": [
@@ -108,12 +109,13 @@ def _report(run: DryRun, programs: Sequence[Program], memory: Memory | None) -> 
 
 def _print(run: DryRun, programs: Sequence[Program], memory: Memory | None) -> None:
     devices = f"{run.mesh.num_devices} simulated CPU devices" if run.cluster is None else str(run.cluster)
-    name = run.runner.attention.name
+    name = run.runner.kernels.attention.name
     print_pairs(
         f"{run.files.directory.name} on {devices}, {run.mesh.short}",
         {
             "weights": f"{bytes_text(run.weights)} per device in {run.runner.params[0].dtype}",
             "attention": f"{name} ({PLAIN})" if name == "reference" else name,
+            "products": run.runner.kernels.matmul.name,
             "compiled": "; ".join(f"{p.name} in {seconds_text(p.seconds)}" for p in programs),
         },
     )

@@ -52,8 +52,6 @@ class _Plan:
 
     @classmethod
     def of(cls, flags: ModelFlags) -> _Plan:
-        import jax
-
         from jaxserve.build import (
             ModelFiles,
             check_context,
@@ -73,7 +71,7 @@ class _Plan:
         _simulate(mesh_config.num_devices)
         open_mesh(MeshConfig())
         dtype = resolve_dtype(args.dtype, files.hf)
-        kv_dtype = resolve_kv_dtype(args.kv_cache_dtype, dtype, jax.default_backend())
+        kv_dtype = resolve_kv_dtype(args.kv_cache_dtype, dtype)
         return cls(files, mesh_config, decoder, dtype, kv_dtype)
 
     def model(self) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class _Asked:
         args = flags.engine_args()
         files = ModelFiles.find(args)
         dtype = resolve_dtype(args.dtype, files.hf)
-        kv_dtype = resolve_kv_dtype(args.kv_cache_dtype, dtype, "gpu")
+        kv_dtype = resolve_kv_dtype(args.kv_cache_dtype, dtype)
         shape = model_shape(files.decoder, str(dtype), str(kv_dtype))
         return cls(
             files.directory.name, files.decoder, shape, cluster, next(o for o in OBJECTIVES if o == objective), workload

@@ -59,7 +59,7 @@ class Forecast:
             raise ValueError(f"mesh {mesh.short}: the cost model knows the usual sharding rules only")
         files = ModelFiles.find(args)
         dtype = resolve_dtype(args.dtype, files.hf)
-        shape = model_shape(files.decoder, str(dtype), str(resolve_kv_dtype(args.kv_cache_dtype, dtype, "gpu")))
+        shape = model_shape(files.decoder, str(dtype), str(resolve_kv_dtype(args.kv_cache_dtype, dtype)))
         limits = Limits(
             args.max_num_seqs or usual.max_num_seqs, args.max_num_batched_tokens or usual.max_num_batched_tokens
         )

@@ -22,7 +22,7 @@ from jaxserve.layer_digest import LayerDigest
 from jaxserve.layers.attention import dense_causal_attention
 from jaxserve.layers.rope import rope_tables
 from jaxserve.models.config import DecoderConfig
-from jaxserve.models.decoder import Decoder, keep
+from jaxserve.models.decoder import PLAIN, Decoder
 from sharding import MeshConfig, build_mesh
 
 
@@ -90,7 +90,7 @@ def _program(graph: Any, config: DecoderConfig) -> Callable[..., tuple[Array, Ar
         x = model.embed(tokens, positions)
         rows = [_figures(x[0], count)]
         for i, (layer, options) in enumerate(zip(model.layers, config.layers, strict=True)):
-            x = layer(x, i, None if options.rope is None else ropes[options.rope], attend, keep)
+            x = layer(x, i, None if options.rope is None else ropes[options.rope], attend, PLAIN)
             rows.append(_figures(x[0], count))
         x = model.normalize(x)
         return jax.nn.log_softmax(model.unembed(x)[0], axis=-1), jnp.stack([*rows, _figures(x[0], count)])

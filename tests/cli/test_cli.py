@@ -168,6 +168,7 @@ def test_engine_flags_reach_the_engine(run: Run, made: list[dict[str, Any]]) -> 
         "--kv-cache-memory-bytes": ("kv_cache_memory_bytes", 1000),
         "--gpu-memory-utilization": ("gpu_memory_utilization", 0.5),
         "--attention-backend": ("attention_backend", "reference"),
+        "--matmul-backend": ("matmul_backend", "reference"),
         "--compilation-cache-dir": ("compilation_cache_dir", "/c"),
         "--hf-overrides": ("hf_overrides", {"a": 1}),
     }
@@ -260,7 +261,7 @@ def test_token_ids_in_and_out_without_a_tokenizer(run: Run, made: list[dict[str,
 
 
 def test_as_a_program_on_two_devices(tiny_model: Path, tiny_llm: LLM, tmp_path: Path) -> None:
-    engine = "-tp 2 --max-num-seqs 2 --max-num-batched-tokens 16 --max-model-len 32 --num-gpu-blocks-override 8"
+    engine = "-tp 2 --max-num-seqs 1 --max-num-batched-tokens 16 --max-model-len 32 --num-gpu-blocks-override 8"
     cache = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     command = [sys.executable, "-m", "jaxserve", "generate", "--model", tiny_model, "hello", *GREEDY, "--json"]
     done = subprocess.run(

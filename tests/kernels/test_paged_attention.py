@@ -315,9 +315,10 @@ def test_write_changes_the_slots_it_is_given_and_nothing_else(name: str, dtype: 
     case = Case(7, 1, 1, 4, 3, 1, 8, dtype=dtype)
     write = programs(name, case)[0]
     num_slots = case.num_blocks * case.block_size
+    used = st.integers(case.block_size, num_slots - 1)  # block 0 is nobody's: what lies there is not defined
 
     @settings(max_examples=25)
-    @given(st.lists(st.integers(0, num_slots - 1), min_size=7, max_size=7, unique=True), st.integers(0, 99))
+    @given(st.lists(used, min_size=7, max_size=7, unique=True), st.integers(0, 99))
     def changes_these(slots: list[int], seed: int) -> None:
         rng = np.random.default_rng(seed)
         old = rng.standard_normal((2, num_slots, case.kv_heads, case.head_dim)).astype(np.float32)
@@ -330,8 +331,8 @@ def test_write_changes_the_slots_it_is_given_and_nothing_else(name: str, dtype: 
         directly = write(*nan_caches(name, case), *merged, everywhere)
         for was, now, meant in zip(before, after, directly, strict=True):
             assert now.dtype == dtype
-            np.testing.assert_array_equal(now, meant)
-            assert np.sum(np.asarray(was != now)) == 7 * case.kv_heads * case.head_dim
+            np.testing.assert_array_equal(now[1:], meant[1:])
+            assert np.sum(np.asarray(was != now)[1:]) == 7 * case.kv_heads * case.head_dim
 
     changes_these()
 
@@ -341,7 +342,8 @@ def test_dispatch_says_what_runs() -> None:
         assert implementation.name == name
         if implementation.refuses(HERE) is None:
             assert paged_attention(HERE, name) is implementation
-    assert paged_attention(CPU).name == "cpu"
+    assert paged_attention(CPU).name == "native"
+    assert paged_attention(CPU._replace(kv_dtype="int8")).name == "cpu"
     assert paged_attention(CPU._replace(platform="gpu", capability=(8, 0))).name == "triton"
 
 

@@ -1,0 +1,96 @@
+"""Products with weights: every implementation against float64, and what the one in C++ promises besides."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import dispatch, native
+from pallas_kernels.dispatch import MATMUL
+from pallas_kernels.matmul import Setting
+
+HERE = Setting("cpu", "bfloat16", 1)
+NAMES = [name for name, implementation in MATMUL.items() if implementation.refuses(HERE) is None]
+needs_native = pytest.mark.skipif(native.refusal() is not None, reason=str(native.refusal()))
+
+ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 13, 32]
+DEPTHS = [1, 2, 15, 16, 33, 128, 129, 300]
+"""Around pairs of rows, and the 128 rows that are packed at a time."""
+COLUMNS = [1, 31, 64, 65, 127, 128, 200]
+
+
+@cache
+def product(name: str) -> Any:
+    return jax.jit(MATMUL[name].multiply)
+
+
+def operands(rows: int, depth: int, columns: int, seed: int, dtype: Any = jnp.bfloat16) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal((rows, depth)), dtype), jnp.asarray(
+        rng.standard_normal((depth, columns)), dtype
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("name", NAMES)
+def test_conforms(name: str, dtype: Any) -> None:
+    """Within half a unit of the last place of the result, and the rounding of the sums."""
+
+    @settings(max_examples=20)
+    @given(st.sampled_from(ROWS), st.sampled_from(DEPTHS), st.sampled_from(COLUMNS), st.integers(0, 99))
+    def conforms(rows: int, depth: int, columns: int, seed: int) -> None:
+        x, w = operands(rows, depth, columns, seed, dtype)
+        y = product(name)(x, w)
+        assert y.dtype == dtype and y.shape == (rows, columns)
+        exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+        size = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(w, np.float64))
+        last_place = 2.0**-8 if dtype == jnp.bfloat16 else 0.0
+        assert (np.abs(np.asarray(y, np.float64) - exact) <= last_place * np.abs(exact) + 1e-6 * size).all()
+
+    conforms()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_of_several_axes(name: str) -> None:
+    x, w = operands(6, 40, 2 * 3 * 8, 0)
+    y = product(name)(x.reshape(2, 3, 40), w.reshape(40, 2, 3, 8))
+    np.testing.assert_array_equal(y.reshape(6, -1), product(name)(x, w))
+
+
+@needs_native
+@pytest.mark.parametrize("columns", [100, 3000])
+def test_a_row_is_the_same_alone_and_in_a_crowd(columns: int) -> None:
+    """Bit by bit, so that what a request gets does not depend on its neighbours; NaN in others stays there."""
+    x, w = operands(40, 300, columns, 1)
+    x = x.at[7].set(jnp.nan)
+    alone = [product("native")(x[i : i + 1], w)[0] for i in (0, 6, 8, 39)]
+    for rows in (9, 33, 40):
+        together = product("native")(x[:rows], w)
+        for i, row in zip((0, 6, 8, 39), alone, strict=True):
+            if i < rows:
+                np.testing.assert_array_equal(together[i], row)
+        assert np.isnan(np.asarray(together[7], np.float32)).all()
+
+
+@needs_native
+def test_more_rows_than_are_taken_together() -> None:
+    x, w = operands(700, 64, 130, 2)
+    whole = product("native")(x, w)
+    np.testing.assert_array_equal(whole[600:620], product("native")(x[600:620], w))
+
+
+def test_dispatch() -> None:
+    assert dispatch.matmul_for(HERE).name == ("reference" if native.refusal() else "native")
+    assert dispatch.matmul_for(HERE._replace(dtype="float32")).name == "reference"
+    assert dispatch.matmul_for(HERE._replace(num_devices=2)).name == "reference"
+    assert dispatch.matmul_for(HERE._replace(platform="gpu")).name == "reference"
+    with pytest.raises(ValueError, match="native: XLA cannot spread it over 4 devices"):
+        dispatch.matmul_for(HERE._replace(num_devices=4), "native")
+    assert [MATMUL["reference"].fewest_rows(s) for s in (HERE, HERE._replace(platform="gpu"))] == [8, 1]
