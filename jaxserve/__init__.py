@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxserve.async_llm import AsyncLLM, EngineDeadError
+    from jaxserve.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from jaxserve.llm import LLM
     from jaxserve.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from jaxserve.sampling_params import RequestOutputKind, SamplingParams
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "EngineDeadError",
     "Logprob",
@@ -31,6 +35,9 @@ __all__ = [
 _HOME = {
     "LLM": "jaxserve.llm",
     "AsyncLLM": "jaxserve.async_llm",
+    "BeamSearchOutput": "jaxserve.beam_search",
+    "BeamSearchParams": "jaxserve.beam_search",
+    "BeamSearchSequence": "jaxserve.beam_search",
     "EngineDeadError": "jaxserve.async_llm",
     "MeshConfig": "sharding",
     "RequestOutputKind": "jaxserve.sampling_params",

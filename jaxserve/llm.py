@@ -12,6 +12,7 @@ from typing import Any, Unpack
 
 from tqdm import tqdm
 
+from jaxserve.beam_search import BeamSearchOutput, BeamSearchParams, plan_searches, run_searches
 from jaxserve.build import build_engine, join
 from jaxserve.engine import Engine
 from jaxserve.engine_args import EngineArgs, EngineOptions
@@ -103,6 +104,47 @@ class LLM:
             tools=tools,
         )
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The ``params.beam_width`` likeliest continuations of every prompt, in the order of the prompts. At
+        temperature 0 those of a prompt do not depend on what is searched with it.
+
+        A round is one call of the engine: one token and its likeliest 2 * beam_width log-probabilities, of every beam
+        of ``concurrency_limit`` prompts (None: all of them). The prefix cache has what a beam's earlier rounds and its
+        siblings computed, so a round computes the tokens of a beam's last, partial block (1 to block_size of them). It
+        computes every beam from its first token on, a cost that is quadratic in the length, with
+        enable_prefix_caching=False, for models whose rope angles depend on the prompt's length, and where the cache is
+        too small for all beams: lower ``concurrency_limit`` then.
+
+        Bad input raises ValueError before anything runs, QueueFullError where the queue has no room for a round.
+        Interrupted or failed, nothing of the call stays behind in the engine.
+        """
+        refuse(lora_request=lora_request)
+        engine, vocab = self.engine, self.engine.runner.decoder.vocab_size
+        known = engine.tokenizer, engine.eos_token_ids, vocab, engine.scheduler
+        batches = plan_searches(as_prompts(prompts), params, concurrency_limit, *known)
+        before, one_token = engine.metrics.snapshot(), params.of_a_round(vocab)
+        with tqdm(total=sum(map(len, batches)), desc="searching", unit="prompt", disable=not use_tqdm) as bar:
+
+            def ask(beams: list[Prompt]) -> list[RequestOutput]:
+                outputs = self.generate(beams, one_token, use_tqdm=False)
+                if use_tqdm:
+                    _show_rates(bar, before, engine.metrics)
+                bar.update(0)
+                return outputs
+
+            for batch in batches:
+                for _ in run_searches(batch, ask):
+                    bar.update()
+        return [search.output(engine.tokenizer) for batch in batches for search in batch]
 
     def chat_prompts(self, messages: Any, **template_options: Any) -> list[list[int]]:
         """Token ids of conversations, through the checkpoint's chat template (or ``chat_template``)."""
