@@ -46,7 +46,7 @@ def layer_digests(runner: ModelRunner, token_ids: Sequence[int]) -> list[LayerDi
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         ropes = [rope_tables(rope, positions, jnp.full_like(positions, tokens.shape[1])) for rope in decoder.ropes]
         attend = dense_causal_attention(decoder)
-        x = ops.constrain(model.embed(tokens, positions, ops.multiply), ("replica", None, "embed"))
+        x = ops.constrain(model.embed(tokens, positions, ops.matmul), ("replica", None, "embed"))
         rows = [_figures(x)]
         for i, (layer, options) in enumerate(zip(model.layers, decoder.layers, strict=True)):
             x = layer(x, i, None if options.rope is None else ropes[options.rope], attend, ops)

@@ -113,7 +113,7 @@ class Step:
         model = self.model(params)
         first, last = ({name: unpack(b, layout, name) for name in layout.fields} for b in (entering, leaving))
         token_ids = _known_tokens(first["token_ids"], state.last_tokens)
-        x = self.constrain(model.embed(token_ids, first["positions"], self.kernels.matmul.multiply), WHOLE_AXES)
+        x = self.constrain(model.embed(token_ids, first["positions"], self.kernels.matmul), WHOLE_AXES)
         assert state.activations is not None
         passed = state.activations[:, :, : layout.num_tokens]
         caches, moved = self._stages(params, (state.keys, state.values), passed, x, staged, layout)
@@ -132,7 +132,7 @@ class Step:
         model = self.model(params)
         if self.decoder.num_stages > 1:
             hidden = model.normalize(hidden)
-        logprobs = jax.nn.log_softmax(model.unembed(hidden, self.kernels.matmul.multiply), axis=-1)
+        logprobs = jax.nn.log_softmax(model.unembed(hidden, self.kernels.matmul), axis=-1)
         if num_top is None:
             return (logprobs,)
         target = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)
@@ -154,7 +154,7 @@ class Step:
         return tokens, hidden, state
 
     def _logits(self, model: Decoder, hidden: Array) -> Array:
-        return self.constrain(model.unembed(hidden, self.kernels.matmul.multiply), ("replica", None, "vocab"))
+        return self.constrain(model.unembed(hidden, self.kernels.matmul), ("replica", None, "vocab"))
 
     def _sample(self, logits: Array, state: DeviceState, batch: Arrays, flags: Wanted) -> tuple[Array, DeviceState]:
         """Tokens [dp, S], and the state that remembers them."""
@@ -222,7 +222,7 @@ class Step:
 
     def ops(self, inside_stage: bool = False) -> Ops:
         """How the decoder runs on this mesh."""
-        return Ops(partial(self.constrain, inside_stage=inside_stage), self.kernels.matmul.multiply)
+        return Ops(partial(self.constrain, inside_stage=inside_stage), self.kernels.matmul)
 
     def constrain(self, x: Array, axes: tuple[str | None, ...], inside_stage: bool = False) -> Array:
         """Pin an activation to the devices that its logical axes name."""

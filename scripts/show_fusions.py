@@ -134,8 +134,8 @@ def _layer(shape: LayerShape, variant: Variant) -> Any:
     import jax.numpy as jnp
 
     from jaxserve.models.config import NormConfig
-    from jaxserve.models.decoder import ACTIVATIONS
     from pallas_kernels.kv_write import HeadNorm, Inputs
+    from pallas_kernels.matmul import ACTIVATIONS
     from pallas_kernels.paged_attention import Scoring
 
     activation, write = ACTIVATIONS[shape.activation], _implementation(variant.write)

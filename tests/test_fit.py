@@ -22,9 +22,9 @@ from jaxserve import LLM
 from jaxserve.layers.attention import dense_causal_attention
 from jaxserve.layers.norm import Norm
 from jaxserve.models.config import DecoderConfig, LayerConfig, NormConfig
-from jaxserve.models.decoder import ACTIVATIONS
 from jaxserve.weights.fit import Axes, fit_array, fit_source
 from jaxserve.weights.loader import abstract_params, logical_axes, random_params
+from pallas_kernels.matmul import ACTIVATIONS
 from sharding import MeshConfig, ShardingRules, build_mesh, shard_shape
 from sharding.padding import fit_heads
 

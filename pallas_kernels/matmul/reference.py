@@ -5,11 +5,15 @@ from __future__ import annotations
 import jax
 from jax import Array
 
-from pallas_kernels.matmul import Matmul, Setting
+from pallas_kernels.matmul import Matmul, Setting, gate
 
 
 def multiply(x: Array, w: Array) -> Array:
     return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def gated(x: Array, w: Array, activation: str) -> Array:
+    return gate(multiply(x, w), activation)
 
 
 def fewest_rows(setting: Setting) -> int:
@@ -17,4 +21,4 @@ def fewest_rows(setting: Setting) -> int:
     return 8 if setting.platform == "cpu" and setting.dtype != "float32" else 1
 
 
-IMPLEMENTATION = Matmul("reference", multiply, fewest_rows)
+IMPLEMENTATION = Matmul("reference", multiply, gated, fewest_rows)

@@ -58,6 +58,13 @@ inline f32x16 load(const bfloat16* from) {
 
 inline void store(f32x16 x, float* to) { std::memcpy(to, &x, sizeof(x)); }
 
+inline void store(f32x16 x, bfloat16* to) {
+  const u32x16 bits = bits_of<u32x16>(x);
+  const u32x16 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const u16x16 y = __builtin_convertvector(x == x ? rounded : u32x16{} + 0x7fc0, u16x16);
+  std::memcpy(to, &y, sizeof(y));
+}
+
 inline f32x16 all(float x) { return f32x16{} + x; }
 
 inline f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
@@ -74,11 +81,11 @@ inline float sum(f32x16 x) {
   return y;
 }
 
-// exp of x <= 88, within 2 units in the last place; 0 or a denormal below -87. Reduction and polynomial as in Cephes'
+// exp within 2 units in the last place, of x that is taken to be at least -87 and at most 88. Reduction and polynomial as in Cephes'
 // expf: e^x = 2^n e^r with |r| <= ln(2) / 2.
 inline f32x16 exp(f32x16 x) {
-  const f32x16 lowest = all(-87.0f);
-  x = max(x, lowest);
+  x = max(x, all(-87.0f));
+  x = x < 88.0f ? x : all(88.0f);
   constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is in its low bits
   const f32x16 shifted = x * 1.44269504088896341f + kToInteger;
   const f32x16 n = shifted - kToInteger;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
+import math
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import dispatch, native
 from pallas_kernels.dispatch import MATMUL
-from pallas_kernels.matmul import Setting
+from pallas_kernels.matmul import ACTIVATIONS, Setting
 
 HERE = Setting("cpu", "bfloat16", 1)
 NAMES = [name for name, implementation in MATMUL.items() if implementation.refuses(HERE) is None]
@@ -57,6 +59,39 @@ def test_conforms(name: str, dtype: Any) -> None:
     conforms()
 
 
+@cache
+def gated(name: str, activation: str) -> Any:
+    return jax.jit(partial(MATMUL[name].gated, activation=activation))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_gated(name: str, activation: str) -> None:
+    """Gates from where the activation is 0 to where it is the identity; of rounded products, or of exact ones."""
+
+    @settings(max_examples=10)
+    @given(st.sampled_from(ROWS), st.sampled_from(DEPTHS), st.sampled_from(COLUMNS), st.integers(0, 99))
+    def conforms(rows: int, depth: int, columns: int, seed: int) -> None:
+        x, w = operands(rows, depth, 2 * columns, seed)
+        x = x * (10 * jax.random.normal(jax.random.key(seed), (rows, 1), x.dtype))
+        y = gated(name, activation)(x, w.reshape(depth, 2, columns))
+        assert y.dtype == x.dtype and y.shape == (rows, columns)
+        gate, up = np.split(np.asarray(x, np.float64) @ np.asarray(w, np.float64), 2, axis=1)
+        expected = ACTIVE[activation](gate) * up
+        slack = 2.0**-6 * (np.abs(gate) + 1) * (np.abs(up) + 0.1)  # three roundings; no activation is steeper than 1.2
+        assert (np.abs(np.asarray(y, np.float64) - expected) <= slack).all()
+
+    conforms()
+
+
+ACTIVE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "silu": lambda x: x * (1 + np.tanh(x / 2)) / 2,
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_of_several_axes(name: str) -> None:
     x, w = operands(6, 40, 2 * 3 * 8, 0)
@@ -88,7 +123,7 @@ def test_more_rows_than_are_taken_together() -> None:
 
 def test_dispatch() -> None:
     assert dispatch.matmul_for(HERE).name == ("reference" if native.refusal() else "native")
-    assert dispatch.matmul_for(HERE._replace(dtype="float32")).name == "reference"
+    assert dispatch.matmul_for(HERE._replace(dtype="float16")).name == "reference"
     assert dispatch.matmul_for(HERE._replace(num_devices=2)).name == "reference"
     assert dispatch.matmul_for(HERE._replace(platform="gpu")).name == "reference"
     with pytest.raises(ValueError, match="native: XLA cannot spread it over 4 devices"):
