@@ -27,6 +27,7 @@ constexpr float kMasked = -1e30f;   // a log-sum-exp of no keys
 constexpr int kKeys = 128;          // of a turn: their scores, for all rows of a tile, stay in the L1 cache
 constexpr int kGroups = kKeys / kLanes;
 constexpr int kTileRows = 32;       // query tokens times heads that share a turn's keys
+constexpr int kFewRows = 8;         // of a tile that waits for memory
 constexpr int64_t kRunKeys = 2048;  // of an item, where a tile is small: many items even for one long sequence
 
 constexpr i32x16 kIota = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -74,7 +75,10 @@ template <class T>
 struct Turn {
   const T *k[kGroups], *v[kGroups];
   int64_t k_stride, v_stride;
+  int64_t ahead = 0;  // to the next head's, which memory is asked for meanwhile; 0: not worth it
 };
+
+inline void ask_for(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // scores[r][key] of Rows rows and Groups groups of keys.
 template <class T, int Rows, int Groups>
@@ -84,6 +88,10 @@ inline void score(const float* q, int64_t head_dim, const Turn<T>& turn, int fir
     f32x16 k[Groups];
 #pragma GCC unroll 8
     for (int g = 0; g < Groups; ++g) k[g] = native::load(turn.k[first + g] + h * turn.k_stride);
+    if (turn.ahead) {
+#pragma GCC unroll 8
+      for (int g = 0; g < Groups; ++g) ask_for(turn.k[first + g] + h * turn.k_stride + turn.ahead);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
       const float x = q[r * head_dim + h];
@@ -118,6 +126,10 @@ inline void weigh(const float* weights, const Turn<T>& turn, int first, int last
     f32x16 v[Width];
 #pragma GCC unroll 8
     for (int w = 0; w < Width; ++w) v[w] = native::load(row + w * kLanes);
+    if (turn.ahead) {
+#pragma GCC unroll 8
+      for (int w = 0; w < Width; ++w) ask_for(row + w * kLanes + turn.ahead);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
       const float x = weights[r * kKeys + key];
@@ -192,14 +204,20 @@ class Attention {
     const int64_t rows = l_.starts[s_.sequences];
     std::fill(out_ + rows * row_size(), out_ + s_.tokens * row_size(), 0.0f);
     std::fill(lse_ + rows * heads(), lse_ + s_.tokens * heads(), kMasked);
-    const auto work = [this](int64_t i) {
+    // A thread takes heads of a sequence that follow each other, as long as there is enough for all.
+    const int64_t items = static_cast<int64_t>(items_.size());
+    const int64_t together = std::clamp<int64_t>(items / (8 * pool.num_threads()), 1, s_.kv_heads);
+    const auto work = [&](int64_t i) {
       thread_local Scratch scratch;
-      attend(items_[i], scratch);
+      for (int64_t item = i * together; item < std::min(items, (i + 1) * together); ++item) {
+        attend(items_[item], scratch);
+      }
     };
+    const int64_t shares = (items + together - 1) / together;
     if (keys_ * s_.head_dim < 1 << 14) {  // it would take longer to wake another thread
-      for (size_t i = 0; i < items_.size(); ++i) work(static_cast<int64_t>(i));
+      for (int64_t i = 0; i < shares; ++i) work(i);
     } else {
-      native::parallel_for(pool, static_cast<int64_t>(items_.size()), work);
+      native::parallel_for(pool, shares, work);
     }
   }
 
@@ -289,6 +307,9 @@ class Attention {
     Turn<KV> turn;
     turn.k_stride = s_.block_size;
     turn.v_stride = s_.head_dim;
+    // With more rows a turn computes for longer than memory takes.
+    const bool few_rows = (item.end - item.begin) * s_.group <= kFewRows;
+    turn.ahead = few_rows && item.head + 1 < s_.kv_heads ? s_.block_size * s_.head_dim : 0;
     for (int g = 0; g * kLanes < last; ++g) {
       const int64_t at = key + g * kLanes, offset = at % s_.block_size;
       turn.k[g] = cache_row(k_, item, at) + offset;
