@@ -302,7 +302,7 @@ def test_a_kernel_is_chosen(chip: str, op: str) -> None:
 
 def may_spill(op: str, setting: Any) -> bool:
     """Products of float32, which no tensor core does and Triton unrolls: of matmuls, and of latent attention with a
-    cache of less. Paged attention has tiles for them. And, of jax 0.12, few rows by 4 bits in groups of less than 128."""
+    cache of less. Paged attention has tiles for them. And, of jax 0.12, few rows by 4 bits in groups under 128."""
     if op == "dequantising matmul" and setting.group in (32, 64):
         return True
     if "matmul" in op:
