@@ -43,8 +43,17 @@ from jaxserve.tokenizer import load_tokenizer
 from jaxserve.trace import EngineTrace, Sink, Trace
 from jaxserve.trace_file import TraceFile
 from jaxserve.weights.checkpoint import Checkpoint
-from jaxserve.weights.loader import abstract_params, assemble, load_params, param_shardings, random_params
+from jaxserve.weights.loader import (
+    LayOut,
+    abstract_params,
+    abstract_weights,
+    assemble,
+    load_params,
+    param_shardings,
+    random_params,
+)
 from pallas_kernels import dispatch, matmul, sampling
+from pallas_kernels.matmul import Matmul, reference
 from pallas_kernels.paged_attention import Setting
 from sharding import MeshConfig, ShardingRules, build_mesh
 from sharding.platform import use_cpu_without_gpus
@@ -178,12 +187,17 @@ def resolve_kv_dtype(asked: str, model: jnp.dtype) -> jnp.dtype:
 
 
 def load_model(
-    files: ModelFiles, args: EngineArgs, decoder: DecoderConfig, mesh: Mesh, rules: ShardingRules
+    files: ModelFiles,
+    args: EngineArgs,
+    decoder: DecoderConfig,
+    mesh: Mesh,
+    rules: ShardingRules,
+    lay_out: LayOut = reference.lay_out,
 ) -> tuple[Any, Any]:
-    """Graph definition and parameters, from whatever the directory holds."""
+    """Graph definition and parameters, from whatever the directory holds, laid out for what multiplies them."""
     dtype = resolve_dtype(args.dtype, files.hf)
     if args.load_format == "dummy":
-        return random_params(files.decoder, decoder, dtype, mesh, rules, args.seed)
+        return random_params(files.decoder, decoder, dtype, mesh, rules, args.seed, lay_out)
     from jaxserve.weights.orbax import is_orbax, tensors
 
     if args.load_format == "orbax" or (args.load_format == "auto" and is_orbax(files.directory)):
@@ -193,7 +207,7 @@ def load_model(
         checkpoint = Checkpoint(files.directory, getattr(family, "PREFIXES", ("model.",)))
         weights = family.weights(files.decoder, checkpoint)
     show = _progress("loading weights", args.use_tqdm_on_load)
-    return load_params(files.decoder, decoder, dtype, weights, mesh, rules, show)
+    return load_params(files.decoder, decoder, dtype, weights, mesh, rules, lay_out, show)
 
 
 def _progress(what: str, shown: bool) -> Callable[[Iterable[Any]], Iterable[Any]]:
@@ -217,7 +231,8 @@ def build_engine(args: EngineArgs, job: Job | None = None) -> Engine:
     tokenizer = None if args.skip_tokenizer_init else load_tokenizer(args.tokenizer or files.directory)
     mesh = open_mesh(mesh_config, 1 if job is None else job.num_processes)
     platform = mesh.devices.flat[0].platform
-    model = load_model(files, args, decoder, mesh, rules)
+    products, _ = _products(args, files, mesh)
+    model = load_model(files, args, decoder, mesh, rules, products.lay_out)
     runner, limits = _runner(args, files, decoder, model, mesh)
     num_blocks = _num_blocks(args, runner, limits, platform)
     limits = replace(limits, num_blocks=num_blocks if job is None else job.least("num_blocks", num_blocks))
@@ -303,9 +318,8 @@ def abstract_runner(args: EngineArgs, files: ModelFiles, mesh: Mesh) -> tuple[Mo
     decoder = fit(files.decoder, config)
     graph, params = abstract_params(decoder, dtype)
     shardings = param_shardings(params, mesh, config.sharding_rules)
-    arrays = {
-        name: jax.ShapeDtypeStruct(p.get_value().shape, dtype, sharding=shardings[name]) for name, p in params.items()
-    }
+    products, _ = _products(args, files, mesh)
+    arrays = abstract_weights(params, shardings, products.lay_out)
     return _runner(args, files, decoder, (graph, assemble(params, arrays)), mesh)
 
 
@@ -315,9 +329,7 @@ def _runner(
     """With the scheduler's limits, but for the number of blocks."""
     platform, dtype = mesh.devices.flat[0].platform, resolve_dtype(args.dtype, files.hf)
     mesh_config = resolve_mesh(args)
-    products = matmul.Setting(platform, str(dtype), mesh.devices.size)
-    multiply = dispatch.matmul_for(products, args.matmul_backend)
-    min_rows = multiply.fewest_rows(products)
+    products, min_rows = _products(args, files, mesh)
     limits = _limits(args, decoder, platform, min_rows, mesh_config)
     config = _runner_config(args, decoder, limits, dtype, min_rows)
     device = mesh.devices.flat[0]
@@ -332,12 +344,20 @@ def _runner(
     )
     kernels = Kernels(
         dispatch.paged_attention(setting, args.attention_backend),
-        multiply,
+        products,
         dispatch.tails_for(sampling.Setting(platform, setting.capability)),
     )
     runner = ModelRunner(model, decoder, kernels, config, mesh, mesh_config.sharding_rules)
     runner.compiler_options = compiler_options(mesh_config, platform, jax.__version__)
     return runner, limits
+
+
+def _products(args: EngineArgs, files: ModelFiles, mesh: Mesh) -> tuple[Matmul, int]:
+    """What multiplies, and the fewest rows that it has a fast path for."""
+    platform, dtype = mesh.devices.flat[0].platform, resolve_dtype(args.dtype, files.hf)
+    setting = matmul.Setting(platform, str(dtype), mesh.devices.size)
+    chosen = dispatch.matmul_for(setting, args.matmul_backend)
+    return chosen, chosen.fewest_rows(setting)
 
 
 def _capability(device: Any) -> tuple[int, int]:

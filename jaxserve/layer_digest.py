@@ -22,6 +22,7 @@ from jaxserve.models.config import DecoderConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.runner import ModelRunner
 from jaxserve.weights.loader import abstract_params, assemble, parts_of
+from pallas_kernels.matmul import Weight
 
 
 class LayerDigest(NamedTuple):
@@ -41,7 +42,7 @@ def layer_digests(runner: ModelRunner, token_ids: Sequence[int]) -> list[LayerDi
     graph, shapes = abstract_params(decoder, runner.params[0].dtype)
     ops = runner.traced.ops()
 
-    def forward(named: dict[str, Array], tokens: Array) -> Array:
+    def forward(named: dict[str, Weight], tokens: Array) -> Array:
         model: Decoder = nnx.merge(graph, assemble(shapes, _unstaged(named, runner.decoder)))
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         ropes = [rope_tables(rope, positions, jnp.full_like(positions, tokens.shape[1])) for rope in decoder.ropes]
@@ -75,11 +76,13 @@ def _figures(x: Array) -> Array:
     return jnp.stack([jnp.mean(x), jnp.sqrt(jnp.mean(x * x)), jnp.max(jnp.abs(x))])
 
 
-def _unstaged(named: dict[str, Array], decoder: DecoderConfig) -> dict[str, Array]:
+def _unstaged(named: dict[str, Weight], decoder: DecoderConfig) -> dict[str, Weight]:
     """Parameters of the model without stages."""
-    arrays = {}
-    for name, array in named.items():
+    weights = {}
+    for name, weight in named.items():
         parts = parts_of(name, decoder)
         staged = decoder.num_stages > 1 and name.startswith("layers.")
-        arrays |= {part: array[i] if staged else array for i, part in enumerate(parts)}
-    return arrays
+        weights |= {
+            part: jax.tree.map(lambda x, i=i: x[i], weight) if staged else weight for i, part in enumerate(parts)
+        }
+    return weights

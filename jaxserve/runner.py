@@ -24,6 +24,7 @@ from jaxserve.models.config import DecoderConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.sampler import SamplerState
 from jaxserve.step import Kernels, Step
+from pallas_kernels.matmul import Weight
 from sharding import ShardingRules
 
 SCORE_ROWS = (8, 64)
@@ -276,8 +277,8 @@ class ModelRunner:
         return self.traced.model(self.params)
 
     @property
-    def named_params(self) -> dict[str, Array]:
-        """Parameters by name, such as ``layers.0.attn.qkv``."""
+    def named_params(self) -> dict[str, Weight]:
+        """Parameters by name, such as ``layers.0.attn.qkv``, as they lie in memory."""
         state = nnx.to_flat_state(jax.tree.unflatten(self.traced.tree, self.params))
         return {".".join(map(str, path)): variable.get_value() for path, variable in state}
 

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import jax.numpy as jnp
 import pytest
-from tiny_models import SMALL
+from tiny_models import SMALL, scale_weight
 
 from jaxserve import LLM
 from jaxserve.layer_digest import first_difference
@@ -35,8 +34,6 @@ def test_meshes_agree_layer_by_layer(loaded: Callable[..., LLM]) -> None:
 def test_a_changed_weight_shows_in_its_layer(loaded: Callable[..., LLM]) -> None:
     llm = loaded()
     expected = llm.layer_digests(PROMPT)
-    runner = llm.engine.runner
-    place = next(i for i, x in enumerate(runner.params) if x is runner.named_params["layers.3.mlp.down"])
-    runner.params[place] = runner.params[place] * jnp.float32(1.01)
+    scale_weight(llm, "layers.3.mlp.down", 1.01)
     found = first_difference(expected, llm.layer_digests(PROMPT))
     assert found is not None and found[0].layer == 3

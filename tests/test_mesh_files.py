@@ -63,7 +63,7 @@ def test_what_a_file_says_changes_the_layout_and_not_the_tokens(
 ) -> None:
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     plain, laid_out = (make_llm(odd_model, mesh=mesh) for mesh in (None, write(tmp_path, REORDERED)))
-    down = laid_out.engine.runner.named_params["layers.0.mlp.down"]
+    (down,) = jax.tree.leaves(laid_out.engine.runner.named_params["layers.0.mlp.down"])
     assert down.sharding.is_fully_replicated
     assert laid_out.engine.runner.mesh.devices.flat[0].id == 1
     prompts = [[1, 2, 3], list(range(40))]

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from jaxserve import LLM, RequestOutput, SamplingParams
 from jaxserve.engine import Engine
 from jaxserve.layers.attention import dense_causal_attention
+from jaxserve.models.decoder import Ops
 from jaxserve.outputs import CompletionOutput
 from jaxserve.scheduler import Scheduler
 from jaxserve.tokenizer import bad_word_token_sequences
@@ -144,6 +145,14 @@ class Counting(Source):
         return values
 
 
+def scale_weight(llm: LLM, name: str, factor: float) -> None:
+    """Plants a fault."""
+    runner = llm.engine.runner
+    (weight,) = jax.tree.leaves(runner.named_params[name])
+    place = next(i for i, x in enumerate(runner.params) if x is weight)
+    runner.params[place] = weight * jnp.asarray(factor, weight.dtype)
+
+
 class Oracle:
     """Recomputes whole sequences without cache, batch or scheduler, and samples greedily in plain Python."""
 
@@ -152,10 +161,10 @@ class Oracle:
         self.tokenizer, self.eos_token_ids = engine.tokenizer, engine.eos_token_ids
         self.length = engine.scheduler.config.max_model_len
         self.vocab_size = engine.runner.decoder.vocab_size
-        model = engine.runner.model()
+        model, ops = engine.runner.model(), Ops(matmul=engine.runner.kernels.matmul)
         attend = dense_causal_attention(engine.runner.decoder)
         positions = jnp.arange(self.length)[None]
-        self._logits = jax.jit(lambda tokens: model.unembed(model(tokens, positions, attend))[0])
+        self._logits = jax.jit(lambda tokens: model.unembed(model(tokens, positions, attend, ops=ops), ops.matmul)[0])
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """float32 [len(tokens), V]: after each token."""

@@ -34,8 +34,9 @@ def weight_bytes_read(llm: LLM) -> int:
     """Bytes of weights that share one memory and are read for every token."""
     runner = llm.engine.runner
     on_cpu = runner.mesh.devices.flat[0].platform == "cpu"
-    read = [array.addressable_shards for name, array in runner.named_params.items() if name not in NOT_READ]
-    return sum(shard.data.nbytes for shards in read for shard in (shards if on_cpu else shards[:1]))
+    read = {name: weight for name, weight in runner.named_params.items() if name not in NOT_READ}
+    shards = [array.addressable_shards for array in jax.tree.leaves(read)]
+    return sum(shard.data.nbytes for of_array in shards for shard in (of_array if on_cpu else of_array[:1]))
 
 
 def read_bandwidth(device: Any, num_bytes: int = GIB) -> float:

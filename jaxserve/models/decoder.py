@@ -6,6 +6,7 @@ feed-forward, V vocabulary. Every parameter carries its logical axes (``axes=``)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,15 +41,21 @@ PLAIN = Ops()
 
 
 class _Init:
-    """Parameters in one dtype: normal weights of 1/sqrt(fan-in), zero biases."""
+    """Parameters in one dtype: normal weights of 1/sqrt(fan-in), zero biases. Weights that only products read carry the
+    number of axes, their first, that a product sums over (``summed=``): such a weight may be laid out for it."""
 
     def __init__(self, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.dtype = dtype
         self.rngs = rngs
 
-    def weight(self, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int) -> nnx.Param:
-        values = jax.random.normal(self.rngs.params(), shape, jnp.float32) * fan_in**-0.5
-        return nnx.Param(values.astype(self.dtype), axes=axes)
+    def weight(self, shape: tuple[int, ...], axes: tuple[str | None, ...], summed: int = 1) -> nnx.Param:
+        return nnx.Param(self._normal(shape, math.prod(shape[:summed])), axes=axes, summed=summed)
+
+    def table(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+        return nnx.Param(self._normal(shape, shape[-1]), axes=axes)
+
+    def _normal(self, shape: tuple[int, ...], fan_in: int) -> Array:
+        return (jax.random.normal(self.rngs.params(), shape, jnp.float32) * fan_in**-0.5).astype(self.dtype)
 
     def bias(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
         return nnx.Param(jnp.zeros(shape, self.dtype), axes=axes)
@@ -60,8 +67,8 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, init: _Init) -> None:
         d, k, g, h = config.hidden_size, config.num_kv_heads, config.group_size, config.head_dim
         self.config = config
-        self.qkv = init.weight((d, k, g + 2, h), ("embed", "kv_heads", "qkv_group", None), d)
-        self.o = init.weight((k, g, h, d), ("kv_heads", "q_group", None, "embed"), k * g * h)
+        self.qkv = init.weight((d, k, g + 2, h), ("embed", "kv_heads", "qkv_group", None))
+        self.o = init.weight((k, g, h, d), ("kv_heads", "q_group", None, "embed"), summed=3)
         if config.qkv_bias:
             self.qkv_bias = init.bias((k, g + 2, h), ("kv_heads", "qkv_group", None))
         if config.out_bias:
@@ -79,7 +86,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Array, layer: int, rope: tuple[Array, Array] | None, attend: Attend, ops: Ops) -> Array:
         """x [R, T, D] -> [R, T, D], before the residual is added."""
         with jax.named_scope("qkv"):
-            qkv = ops.matmul.multiply(x, self.qkv[...])
+            qkv = ops.matmul.multiply(x, self.qkv.get_value(), 1)
             if self.config.qkv_bias:
                 qkv = qkv + self.qkv_bias[...][None, None]
         norm_weights = None
@@ -91,8 +98,7 @@ class Attention(nnx.Module):
             qkv = jnp.concatenate([q, k[:, :, :, None], qkv[:, :, :, g + 1 :]], axis=3)
         out = attend(layer, Projection(qkv, rope, norm_weights))
         with jax.named_scope("out"):
-            # One contracted axis, not three: XLA:CPU would transpose the weight in every step (16 of 97 ms, 12 layers).
-            out = ops.matmul.multiply(out.reshape(*out.shape[:2], -1), self.o[...].reshape(-1, self.config.hidden_size))
+            out = ops.matmul.multiply(out, self.o.get_value(), 3)
             return out + self.o_bias[...][None, None] if self.config.out_bias else out
 
 
@@ -103,14 +109,14 @@ class Mlp(nnx.Module):
         d, f = config.hidden_size, config.intermediate_size
         self.config = config
         if config.gated_mlp:
-            self.gate_up = init.weight((d, 2, f), ("embed", None, "mlp"), d)
+            self.gate_up = init.weight((d, 2, f), ("embed", None, "mlp"))
             if config.mlp_bias:
                 self.gate_up_bias = init.bias((2, f), (None, "mlp"))
         else:
-            self.up = init.weight((d, f), ("embed", "mlp"), d)
+            self.up = init.weight((d, f), ("embed", "mlp"))
             if config.mlp_bias:
                 self.up_bias = init.bias((f,), ("mlp",))
-        self.down = init.weight((f, d), ("mlp", "embed"), f)
+        self.down = init.weight((f, d), ("mlp", "embed"))
         if config.mlp_bias:
             self.down_bias = init.bias((d,), ("embed",))
 
@@ -119,19 +125,19 @@ class Mlp(nnx.Module):
         with jax.named_scope("up"):
             y = self._up(x, matmul)
         with jax.named_scope("down"):
-            y = matmul.multiply(y, self.down[...])
+            y = matmul.multiply(y, self.down.get_value(), 1)
             return y + self.down_bias[...][None, None] if self.config.mlp_bias else y
 
     def _up(self, x: Array, matmul: Matmul) -> Array:
         """To [R, T, F], through the activation, which is computed in float32."""
         activation, biased = self.config.activation, self.config.mlp_bias
         if not self.config.gated_mlp:
-            y = matmul.multiply(x, self.up[...])
+            y = matmul.multiply(x, self.up.get_value(), 1)
             y = y + self.up_bias[...][None, None] if biased else y
             return ACTIVATIONS[activation](y.astype(jnp.float32)).astype(x.dtype)
         if not biased:
-            return matmul.gated(x, self.gate_up[...], activation)
-        return gate(matmul.multiply(x, self.gate_up[...]) + self.gate_up_bias[...][None, None], activation)
+            return matmul.gated(x, self.gate_up.get_value(), activation)
+        return gate(matmul.multiply(x, self.gate_up.get_value(), 1) + self.gate_up_bias[...][None, None], activation)
 
 
 class Layer(nnx.Module):
@@ -194,14 +200,14 @@ class Decoder(nnx.Module):
         e = config.embed_dim or d
         self.config = config
         bias = init.bias((v,), ("vocab",)) if config.unembed_bias else None
-        self.unembedding = Table(init.weight((e, v), ("embed", "vocab"), e), bias)
+        self.unembedding = Table(init.weight((e, v), ("embed", "vocab")), bias)
         if not config.tied_embeddings:
-            self.embedding = Table(init.weight((v, e), ("vocab", "embed"), e))
+            self.embedding = Table(init.table((v, e), ("vocab", "embed")))
         if config.learned_positions:
-            self.position_embedding = Table(init.weight((config.learned_positions, d), (None, "embed"), d))
+            self.position_embedding = Table(init.table((config.learned_positions, d), (None, "embed")))
         if e != d:
-            self.project_in = Table(init.weight((e, d), (None, "embed"), e))
-            self.project_out = Table(init.weight((d, e), ("embed", None), d))
+            self.project_in = Table(init.weight((e, d), (None, "embed")))
+            self.project_out = Table(init.weight((d, e), ("embed", None)))
         self.layers = nnx.List([Layer(config, init) for _ in config.stage_layers])
         if config.final_norm:
             self.final_norm = Norm((d,), config.norm, init.dtype)
@@ -250,13 +256,13 @@ class Decoder(nnx.Module):
         """Token (and learned position) embeddings, [R, T, D]."""
         with jax.named_scope("embed"):
             if self.config.tied_embeddings:
-                x = jnp.moveaxis(jnp.take(self.unembedding.weight[...], token_ids, axis=1), 0, -1)
+                x = matmul.columns(self.unembedding.weight.get_value(), token_ids)
             else:
                 x = jnp.take(self.embedding.weight[...], token_ids, axis=0)
             if self.config.embed_scale is not None:
                 x = x * jnp.asarray(self.config.embed_scale, x.dtype)
             if self.config.embed_dim not in (None, self.config.hidden_size):
-                x = matmul.multiply(x, self.project_in.weight[...])
+                x = matmul.multiply(x, self.project_in.weight.get_value(), 1)
             if self.config.learned_positions:
                 x = x + jnp.take(self.position_embedding.weight[...], positions + self.config.position_offset, axis=0)
             return x
@@ -265,8 +271,8 @@ class Decoder(nnx.Module):
         """Logits of every token id, float32 [..., V], from hidden states [..., D]."""
         with jax.named_scope("unembed"):
             if self.config.embed_dim not in (None, self.config.hidden_size):
-                hidden = matmul.multiply(hidden, self.project_out.weight[...])
-            logits = matmul.multiply(hidden, self.unembedding.weight[...]).astype(jnp.float32)
+                hidden = matmul.multiply(hidden, self.project_out.weight.get_value(), 1)
+            logits = matmul.multiply(hidden, self.unembedding.weight.get_value(), 1).astype(jnp.float32)
             if self.config.unembed_bias:
                 bias = self.unembedding.bias[...].astype(jnp.float32)
                 logits = logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,17 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.models.config import DecoderConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.weights.fit import Axes, fit_array, fit_source
 from jaxserve.weights.source import Box, Source, stack
+from pallas_kernels.matmul import Panels, Weight, reference
 from sharding import ShardingRules
 from sharding.partition import shardings_for
 
 PIECE_BYTES = 64 << 20
 """A checkpoint's tensors are read in pieces of about this size."""
+
+LAID_OUT_BYTES, LAID_OUT_COLUMNS = 16 << 20, 1024
+"""Weights are laid out for products in pieces of about this size, whose columns are a multiple of that."""
+
+LayOut = Callable[[Array, int], Weight]
+"""``Matmul.lay_out``."""
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 """Wraps the names of the parameters as they are loaded: a progress bar, or nothing."""
@@ -67,6 +76,25 @@ def logical_axes(param: nnx.Variable) -> Axes:
     return param.get_metadata()["axes"]
 
 
+def summed_axes(param: nnx.Variable) -> int | None:
+    """Over how many of its axes, the first, products sum; None: others than products read it too."""
+    return param.get_metadata().get("summed")
+
+
+def abstract_weights(
+    params: Mapping[str, nnx.Variable], shardings: Mapping[str, NamedSharding], lay_out: LayOut
+) -> dict[str, Any]:
+    """What ``load_params`` puts onto the mesh, shapes only."""
+
+    def placed(name: str, param: nnx.Variable) -> Any:
+        value, axes = param.get_value(), summed_axes(param)
+        if axes is not None:
+            value = jax.eval_shape(lambda w: lay_out(w, axes), value)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name]), value)
+
+    return {name: placed(name, param) for name, param in params.items()}
+
+
 def assemble(params: Mapping[str, nnx.Variable], arrays: Mapping[str, Any]) -> nnx.State:
     """The parameter state with ``arrays`` in place of the shapes."""
     flat: dict[Any, nnx.Variable] = {
@@ -87,16 +115,18 @@ def load_params(
     weights: Iterator[tuple[str, Source]],
     mesh: Mesh,
     rules: ShardingRules,
+    lay_out: LayOut = reference.lay_out,
     progress: Progress = lambda names: names,
 ) -> tuple[Any, nnx.State]:
     """Graph definition and parameters on the mesh, read from ``weights``; every parameter exactly once.
 
-    ``weights`` are those of ``stored``; ``fitted`` is the same model fitted to the mesh.
+    ``weights`` are those of ``stored``; ``fitted`` is the same model fitted to the mesh. Those that only products read
+    are laid out by ``lay_out``.
     """
     graph, params = abstract_params(fitted, dtype)
     shardings = param_shardings(params, mesh, rules)
     sources = _sources(weights, abstract_params(stored, dtype)[1])
-    arrays = {}
+    arrays, jitted = {}, jax.jit(lay_out, static_argnums=1)
     for name in progress(list(params)):
         axes = logical_axes(params[name])
         parts = [
@@ -105,7 +135,11 @@ def load_params(
         ]
         # Stages without a layer in this place, the last ones, have zeros there.
         source = stack(parts, axis=0).pad(0, fitted.num_stages) if "stage" in axes else parts[0]
-        arrays[name] = _place(source, np.dtype(dtype), shardings[name])
+        summed = summed_axes(params[name])
+        if summed is None:
+            arrays[name] = _place(source, np.dtype(dtype), shardings[name])
+        else:
+            arrays[name] = _place_laid_out(source, np.dtype(dtype), shardings[name], jitted, summed)
     return graph, assemble(params, arrays)
 
 
@@ -143,6 +177,27 @@ def _place(source: Source, dtype: np.dtype, sharding: NamedSharding) -> jax.Arra
     return jax.make_array_from_callback(source.shape, sharding, box_of)
 
 
+def _place_laid_out(source: Source, dtype: np.dtype, sharding: NamedSharding, lay_out: LayOut, summed: int) -> Weight:
+    """Some columns at a time: beside the result only they are in memory."""
+    whole = jax.eval_shape(lambda w: lay_out(w, summed), jax.ShapeDtypeStruct(source.shape, dtype))
+    if not isinstance(whole, Panels):
+        return _place(source, dtype, sharding)
+    *rows, columns = source.shape
+    fitting = LAID_OUT_BYTES // (math.prod(rows) * dtype.itemsize) // LAID_OUT_COLUMNS
+    step = max(1, fitting) * LAID_OUT_COLUMNS
+    if len(rows) > summed:
+        step = columns  # columns of several axes: not one run of them
+    values = _aligned(whole.values.shape, dtype)
+    filled = 0
+    for start in range(0, columns, step):
+        piece = source.narrow(len(rows), start, min(step, columns - start))
+        panels = lay_out(_place(piece, dtype, sharding), summed)
+        assert isinstance(panels, Panels)
+        values[filled : filled + len(panels.values)] = np.asarray(panels.values)
+        filled += len(panels.values)
+    return replace(whole, values=jax.device_put(values, sharding))
+
+
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array at a multiple of 64 bytes: a CPU device then takes it as it is, instead of a copy."""
     num_bytes = math.prod(shape) * dtype.itemsize
@@ -166,7 +221,13 @@ def _read_in_pieces(source: Source, box: Box, dtype: np.dtype) -> np.ndarray:
 
 
 def random_params(
-    stored: DecoderConfig, fitted: DecoderConfig, dtype: jnp.dtype, mesh: Mesh, rules: ShardingRules, seed: int
+    stored: DecoderConfig,
+    fitted: DecoderConfig,
+    dtype: jnp.dtype,
+    mesh: Mesh,
+    rules: ShardingRules,
+    seed: int,
+    lay_out: LayOut = reference.lay_out,
 ) -> tuple[Any, nnx.State]:
     """Random weights made on the devices: what ``load_format="dummy"`` means.
 
@@ -179,16 +240,16 @@ def random_params(
 
     @cache  # one program for all layers' parameters of the same kind
     def normal(
-        shape: tuple[int, ...], axes: Axes, scale: float, shift: float, sharding: NamedSharding
+        shape: tuple[int, ...], axes: Axes, summed: int | None, scale: float, shift: float, sharding: NamedSharding
     ) -> Callable[..., Any]:
         def draw(number: jax.Array) -> jax.Array:
             key = jax.random.fold_in(jax.random.key(seed), number)
             values = (jax.random.normal(key, shape, jnp.float32) * scale + shift).astype(dtype)
             return fit_array(values, tuple(a for a in axes if a != "stage"), stored, fitted)
 
-        def make(numbers: jax.Array) -> jax.Array:
+        def make(numbers: jax.Array) -> Weight:
             if "stage" not in axes:
-                return draw(numbers[0])
+                return draw(numbers[0]) if summed is None else lay_out(draw(numbers[0]), summed)
             drawn = jax.vmap(draw)(numbers)
             return jnp.pad(drawn, [(0, fitted.num_stages - len(numbers)), *[(0, 0)] * (drawn.ndim - 1)])
 
@@ -199,6 +260,7 @@ def random_params(
         parts = parts_of(name, fitted)
         shape = shapes[parts[0]]
         shift = 1.0 - stored.norm.offset if name.endswith("norm.weight") else 0.0
-        make = normal(shape, logical_axes(variable), 0.02 if len(shape) > 1 else 0.0, shift, shardings[name])
+        scale = 0.02 if len(shape) > 1 else 0.0
+        make = normal(shape, logical_axes(variable), summed_axes(variable), scale, shift, shardings[name])
         arrays[name] = make(np.array([numbers[part] for part in parts]))
     return graph, assemble(params, arrays)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -35,15 +35,41 @@ def gate(y: Array, activation: str) -> Array:
     return (ACTIVATIONS[activation](wide[..., 0, :]) * wide[..., 1, :]).astype(y.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Panels:
+    """A weight [*K, *N] in panels of 64 columns, each with all of its rows; rows and columns that fill up are zeros."""
+
+    values: Array
+    """[panels, steps, 64, 4 bytes' worth of rows]: in bfloat16 pairs of rows lie beside each other."""
+    depth: int = field(metadata={"static": True})
+    """All of K."""
+    columns: tuple[int, ...] = field(metadata={"static": True})
+    """N."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+
+Weight = Array | Panels
+"""A weight [*K, *N], as ``Matmul.lay_out`` left it."""
+
+
 @dataclass(frozen=True)
 class Matmul:
     """One implementation."""
 
     name: str
-    multiply: Callable[[Array, Array], Array]
-    """(x [..., K], w [K, *N]) -> [..., *N] in x's dtype, added up in float32. Both have the same dtype."""
-    gated: Callable[[Array, Array, str], Array]
+    multiply: Callable[[Array, Weight, int], Array]
+    """(x [..., *K], w [*K, *N], number of axes of K) -> [..., *N] in x's dtype, added up in float32. Both have the same
+    dtype."""
+    gated: Callable[[Array, Weight, str], Array]
     """(x [..., K], w [K, 2, N], activation) -> [..., N] in x's dtype: the ``gate`` of their product."""
+    lay_out: Callable[[Array, int], Weight]
+    """(w [*K, *N], number of axes of K) -> what the others take for w, in as many bytes and what fills up."""
+    columns: Callable[[Weight, Array], Array]
+    """(w [K, N], numbers int [...]) -> [..., K]: columns as rows."""
     fewest_rows: Callable[[Setting], int] = lambda setting: 1
     """Of x, that it has a fast path for."""
     refuses: Callable[[Setting], str | None] = lambda setting: None

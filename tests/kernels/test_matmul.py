@@ -23,14 +23,16 @@ NAMES = [name for name, implementation in MATMUL.items() if implementation.refus
 needs_native = pytest.mark.skipif(native.refusal() is not None, reason=str(native.refusal()))
 
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 13, 32]
-DEPTHS = [1, 2, 15, 16, 33, 128, 129, 300]
-"""Around pairs of rows, and the 128 rows that are packed at a time."""
+DEPTHS = [1, 2, 15, 16, 33, 129, 300]
+"""Whole pairs of rows, and not."""
 COLUMNS = [1, 31, 64, 65, 127, 128, 200]
+"""Whole panels, and not."""
 
 
 @cache
-def product(name: str) -> Any:
-    return jax.jit(MATMUL[name].multiply)
+def product(name: str, axes: int = 1) -> Any:
+    matmul = MATMUL[name]
+    return jax.jit(lambda x, w: matmul.multiply(x, matmul.lay_out(w, axes), axes))
 
 
 def operands(rows: int, depth: int, columns: int, seed: int, dtype: Any = jnp.bfloat16) -> tuple[Any, Any]:
@@ -61,7 +63,8 @@ def test_conforms(name: str, dtype: Any) -> None:
 
 @cache
 def gated(name: str, activation: str) -> Any:
-    return jax.jit(lambda x, w: MATMUL[name].gated(x, w, activation))
+    matmul = MATMUL[name]
+    return jax.jit(lambda x, w: matmul.gated(x, matmul.lay_out(w, 1), activation))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -97,6 +100,26 @@ def test_weights_of_several_axes(name: str) -> None:
     x, w = operands(6, 40, 2 * 3 * 8, 0)
     y = product(name)(x.reshape(2, 3, 40), w.reshape(40, 2, 3, 8))
     np.testing.assert_array_equal(y.reshape(6, -1), product(name)(x, w))
+    y = product(name, axes=3)(x.reshape(6, 2, 4, 5), w.reshape(2, 4, 5, 48))
+    np.testing.assert_array_equal(y, product(name)(x, w))
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (41, 130), (3, 7)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("name", NAMES)
+def test_columns(name: str, dtype: Any, shape: tuple[int, int]) -> None:
+    """As tied embeddings read them: the same numbers, wherever a layout puts them."""
+    _, w = operands(1, *shape, 3, dtype)
+    numbers = jnp.asarray(np.random.default_rng(0).integers(0, shape[1], (2, 5)))
+    laid_out = MATMUL[name].lay_out(w, 1)
+    np.testing.assert_array_equal(MATMUL[name].columns(laid_out, numbers), np.asarray(w).T[np.asarray(numbers)])
+
+
+@needs_native
+def test_a_layout_adds_no_more_than_fills_panels() -> None:
+    _, w = operands(1, 40, 128, 0)
+    assert MATMUL["native"].lay_out(w, 1).nbytes == w.nbytes
+    assert MATMUL["native"].lay_out(w[:39, :65], 1).nbytes == w.nbytes
 
 
 @needs_native
@@ -115,8 +138,8 @@ def test_a_row_is_the_same_alone_and_in_a_crowd(columns: int) -> None:
 
 
 @needs_native
-def test_more_rows_than_are_taken_together() -> None:
-    x, w = operands(700, 64, 130, 2)
+def test_shared_by_threads() -> None:
+    x, w = operands(700, 64, 130, 2)  # enough for threads to share
     whole = product("native")(x, w)
     np.testing.assert_array_equal(whole[600:620], product("native")(x[600:620], w))
 

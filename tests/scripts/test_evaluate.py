@@ -16,11 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
 from recorded_runs import Call
+from tiny_models import scale_weight
 
 from jaxserve import LLM
 from jaxserve.cli.options import EngineFlags
@@ -265,13 +265,7 @@ def engines(monkeypatch: pytest.MonkeyPatch, *changes: Callable[[LLM], None] | N
     monkeypatch.setattr(import_module("evaluate"), "open_llm", opened)
 
 
-def scaled(llm: LLM, name: str, factor: float) -> None:
-    runner = llm.engine.runner
-    place = next(i for i, x in enumerate(runner.params) if x is runner.named_params[name])
-    runner.params[place] = runner.params[place] * jnp.asarray(factor, runner.params[place].dtype)
-
-
-WRONG = partial(scaled, name="layers.1.mlp.down", factor=2.0)
+WRONG = partial(scale_weight, name="layers.1.mlp.down", factor=2.0)
 
 
 @pytest.fixture
@@ -471,7 +465,7 @@ def test_the_script_with_the_harness(call: Call, tmp_path: Path, monkeypatch: py
     engines(monkeypatch, WRONG)  # which nobody asks: the answers are there
     code, again, _ = call("evaluate", *cached, "--direct", "1")
     assert code == 0 and json.loads(again)["samples"] == json.loads(out)["samples"]
-    engines(monkeypatch, None, partial(scaled, name="layers.1.mlp.down", factor=4.0))
+    engines(monkeypatch, None, partial(scale_weight, name="layers.1.mlp.down", factor=4.0))
     code, _, err = call("evaluate", *arguments, "--variant", "-tp 2")
     assert code == 1 and "FAILED: -tp 2: as accurate as the baseline: demo_add exact_match: -" in err
     assert "FAILED: -tp 2: likelihoods are those of direct scoring: " in err and "baseline: l" not in err

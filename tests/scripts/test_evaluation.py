@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 from recorded_runs import Call
+from tiny_models import scale_weight
 
 from jaxserve import LLM
 from jaxserve.config import SchedulerConfig
@@ -66,12 +66,7 @@ def written(directory: Path) -> tuple[dict[str, Any], str]:
 
 
 def scaled(name: str, factor: float) -> Callable[[LLM], None]:
-    def change(llm: LLM) -> None:
-        runner = llm.engine.runner
-        place = next(i for i, x in enumerate(runner.params) if x is runner.named_params[name])
-        runner.params[place] = runner.params[place] * jnp.float32(factor)
-
-    return change
+    return lambda llm: scale_weight(llm, name, factor)
 
 
 def test_verify(call: Call, flags: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from recorded_runs import Call
 from tune_kernels import Subject, subjects, tune_all
 
 from jaxserve import LLM
+from jaxserve.weights.loader import abstract_params
 from pallas_kernels import dispatch, tuning
 from sharding import aot, build_mesh
 from sharding.cost_model import Group, Step
@@ -194,7 +195,9 @@ def test_what_does_not_fit_is_said_with_numbers(tiny_llm: LLM) -> None:
 
 def test_the_floor_of_a_step(tiny_llm: LLM) -> None:
     runner = tiny_llm.engine.runner
-    weights = sum(x.nbytes for name, x in runner.named_params.items() if name != "embedding.weight")
+    dtype = runner.params[0].dtype
+    params = {name: p.get_value() for name, p in abstract_params(runner.decoder, dtype)[1].items()}
+    weights = sum(x.size * dtype.itemsize for name, x in params.items() if name != "embedding.weight")
     one, two = (cost(tiny_llm, Step.decode(1, n))[0] for n in (1, 33))
     kv = 2 * runner.decoder.num_layers * runner.decoder.num_kv_heads * runner.decoder.head_dim
     assert two - one == 32 * kv * runner.config.kv_dtype.itemsize
