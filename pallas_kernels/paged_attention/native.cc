@@ -171,7 +171,7 @@ inline void weights_of(float* scores, int64_t first_key, int groups, int64_t low
     f32x16 s = native::load(scores + g * kLanes);
     if (softcap != 0) s = native::tanh(s / softcap) * softcap;
     const i32x16 key = kIota + static_cast<int32_t>(first_key + g * kLanes);
-    s = (key >= static_cast<int32_t>(low)) & (key < static_cast<int32_t>(high)) ? s : native::all(kMasked);
+    s = ((key >= static_cast<int32_t>(low)) & (key < static_cast<int32_t>(high))) ? s : native::all(kMasked);
     best = native::max(best, s);
     native::store(s, scores + g * kLanes);
   }
