@@ -116,8 +116,8 @@ def tile_for(head_dim: int, group: int, dtype: str, tokens: int, kv_dtype: str |
         return _exact_tile(heads, heads * tokens, width, kv_dtype == "float32")
     keys = min(64, 64 * 128 // width)
     in_four = heads * tokens <= 32 and heads * tokens * width <= 32 * 128 and kv_dtype != "float8_e4m3fn"
-    if (dtype, kv_dtype) == ("float16", "int8") and head_dim != width and not narrow:
-        keys //= 2  # masks of columns take registers too: 64 keys spill on an A100
+    if (dtype, kv_dtype) == ("float16", "int8") and head_dim != width:
+        keys //= 2  # masks of columns take registers too: 64 keys spill on an A100, and for three heads on an H100
     return Tile(heads, keys, 4 if in_four else 8, 5 if tokens == 1 else 3)
 
 
