@@ -86,7 +86,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Array, layer: int, rope: tuple[Array, Array] | None, attend: Attend, ops: Ops) -> Array:
         """x [R, T, D] -> [R, T, D], before the residual is added."""
         with jax.named_scope("qkv"):
-            qkv = ops.matmul.multiply(x, self.qkv.get_value(), 1)
+            qkv = ops.matmul.multiply(x, self.qkv.get_value())
             if self.config.qkv_bias:
                 qkv = qkv + self.qkv_bias[...][None, None]
         norm_weights = None
@@ -98,7 +98,7 @@ class Attention(nnx.Module):
             qkv = jnp.concatenate([q, k[:, :, :, None], qkv[:, :, :, g + 1 :]], axis=3)
         out = attend(layer, Projection(qkv, rope, norm_weights))
         with jax.named_scope("out"):
-            out = ops.matmul.multiply(out, self.o.get_value(), 3)
+            out = ops.matmul.multiply(out, self.o.get_value(), axes=3)
             return out + self.o_bias[...][None, None] if self.config.out_bias else out
 
 
@@ -125,19 +125,19 @@ class Mlp(nnx.Module):
         with jax.named_scope("up"):
             y = self._up(x, matmul)
         with jax.named_scope("down"):
-            y = matmul.multiply(y, self.down.get_value(), 1)
+            y = matmul.multiply(y, self.down.get_value())
             return y + self.down_bias[...][None, None] if self.config.mlp_bias else y
 
     def _up(self, x: Array, matmul: Matmul) -> Array:
         """To [R, T, F], through the activation, which is computed in float32."""
         activation, biased = self.config.activation, self.config.mlp_bias
         if not self.config.gated_mlp:
-            y = matmul.multiply(x, self.up.get_value(), 1)
+            y = matmul.multiply(x, self.up.get_value())
             y = y + self.up_bias[...][None, None] if biased else y
             return ACTIVATIONS[activation](y.astype(jnp.float32)).astype(x.dtype)
         if not biased:
             return matmul.gated(x, self.gate_up.get_value(), activation)
-        return gate(matmul.multiply(x, self.gate_up.get_value(), 1) + self.gate_up_bias[...][None, None], activation)
+        return gate(matmul.multiply(x, self.gate_up.get_value()) + self.gate_up_bias[...][None, None], activation)
 
 
 class Layer(nnx.Module):
@@ -262,7 +262,7 @@ class Decoder(nnx.Module):
             if self.config.embed_scale is not None:
                 x = x * jnp.asarray(self.config.embed_scale, x.dtype)
             if self.config.embed_dim not in (None, self.config.hidden_size):
-                x = matmul.multiply(x, self.project_in.weight.get_value(), 1)
+                x = matmul.multiply(x, self.project_in.weight.get_value())
             if self.config.learned_positions:
                 x = x + jnp.take(self.position_embedding.weight[...], positions + self.config.position_offset, axis=0)
             return x
@@ -271,8 +271,8 @@ class Decoder(nnx.Module):
         """Logits of every token id, float32 [..., V], from hidden states [..., D]."""
         with jax.named_scope("unembed"):
             if self.config.embed_dim not in (None, self.config.hidden_size):
-                hidden = matmul.multiply(hidden, self.project_out.weight.get_value(), 1)
-            logits = matmul.multiply(hidden, self.unembedding.weight.get_value(), 1).astype(jnp.float32)
+                hidden = matmul.multiply(hidden, self.project_out.weight.get_value())
+            logits = matmul.multiply(hidden, self.unembedding.weight.get_value(), dtype=jnp.float32)
             if self.config.unembed_bias:
                 bias = self.unembedding.bias[...].astype(jnp.float32)
                 logits = logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -56,14 +57,19 @@ Weight = Array | Panels
 """A weight [*K, *N], as ``Matmul.lay_out`` left it."""
 
 
+class Multiply(Protocol):
+    def __call__(self, x: Array, w: Weight, axes: int = 1, dtype: DTypeLike | None = None) -> Array:
+        """x [..., *K], w [*K, *N], both of one dtype; ``axes``: how many K has. Returns [..., *N], added up in float32
+        and rounded to ``dtype``: x's (None) or float32."""
+        ...
+
+
 @dataclass(frozen=True)
 class Matmul:
     """One implementation."""
 
     name: str
-    multiply: Callable[[Array, Weight, int], Array]
-    """(x [..., *K], w [*K, *N], number of axes of K) -> [..., *N] in x's dtype, added up in float32. Both have the same
-    dtype."""
+    multiply: Multiply
     gated: Callable[[Array, Weight, str], Array]
     """(x [..., K], w [K, 2, N], activation) -> [..., N] in x's dtype: the ``gate`` of their product."""
     lay_out: Callable[[Array, int], Weight]

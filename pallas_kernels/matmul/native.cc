@@ -1,4 +1,4 @@
-// Matrix product for CPUs: x [M, K] times w, both float32 or both bfloat16, added up in float32. Gated: w has as many
+// Matrix product for CPUs: x [M, K] times w, both float32 or both bfloat16, added up in float32, to either. Gated: w has as many
 // columns again, and of each column's two sums, gate and up, the result is activation(gate) * up.
 //
 // w comes in panels of 64 columns (`Panels` in __init__.py), each a run of memory that is read from its beginning to its
@@ -92,12 +92,12 @@ struct Sizes {
   int64_t steps;  // of a panel
 };
 
-template <class T>
+template <class T, class Y>
 class Product {
   using F = Format<T>;
 
  public:
-  Product(Sizes sizes, const T* x, const float* w, T* y) : s_(sizes), x_(x), w_(w), y_(y) {
+  Product(Sizes sizes, const T* x, const float* w, Y* y) : s_(sizes), x_(x), w_(w), y_(y) {
     if (s_.depth % F::kStep) pad_depth();
   }
 
@@ -171,7 +171,7 @@ class Product {
     }
     const int64_t count = std::min<int64_t>(kPanel, s_.columns - i * kPanel);
     for (int r = 0; r < Rows; ++r) {
-      T values[kPanel];
+      Y values[kPanel];
       for (int v = 0; v < kVectors; ++v) native::store(sums[r][v], values + v * kLanes);
       std::copy_n(values, count, y_ + (row + r) * s_.columns + i * kPanel);
     }
@@ -199,17 +199,17 @@ class Product {
   Sizes s_;
   const T* x_;
   const float* w_;  // of either dtype: vectors of 64 bytes
-  T* y_;
+  Y* y_;
   int64_t parts_ = s_.activation == kNone ? 1 : 2;
   int64_t panels_ = (s_.columns + kPanel - 1) / kPanel;  // of the result
   int64_t x_stride_ = s_.depth;
   std::vector<T> padded_;
 };
 
-template <class T>
+template <class T, class Y>
 void run(ffi::ThreadPool& pool, Sizes sizes, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, ffi::AnyBuffer& y) {
-  Product<T>(sizes, static_cast<const T*>(x.untyped_data()), static_cast<const float*>(w.untyped_data()),
-             static_cast<T*>(y.untyped_data()))
+  Product<T, Y>(sizes, static_cast<const T*>(x.untyped_data()), static_cast<const float*>(w.untyped_data()),
+                static_cast<Y*>(y.untyped_data()))
       .run(pool);
 }
 
@@ -218,9 +218,11 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   const Sizes sizes{x.dimensions()[0], x.dimensions()[1], y->dimensions()[1], static_cast<Activation>(activation),
                     w.dimensions()[1]};
   if (x.element_type() == ffi::F32) {
-    run<float>(pool, sizes, x, w, *y);
+    run<float, float>(pool, sizes, x, w, *y);
+  } else if (y->element_type() == ffi::F32) {
+    run<bfloat16, float>(pool, sizes, x, w, *y);
   } else {
-    run<bfloat16>(pool, sizes, x, w, *y);
+    run<bfloat16, bfloat16>(pool, sizes, x, w, *y);
   }
   return ffi::Error::Success();
 }

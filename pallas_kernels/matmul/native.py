@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from pallas_kernels import native
 from pallas_kernels.matmul import Matmul, Panels, Setting, Weight, gate
@@ -48,9 +49,9 @@ def columns(w: Weight, numbers: Array) -> Array:
     return found.reshape(*numbers.shape, -1)[..., : w.depth]
 
 
-def multiply(x: Array, w: Weight, axes: int) -> Array:
+def multiply(x: Array, w: Weight, axes: int = 1, dtype: DTypeLike | None = None) -> Array:
     w = _laid_out(w)
-    y = _call(x.reshape(-1, w.depth), w, math.prod(w.columns), NO_ACTIVATION)
+    y = _call(x.reshape(-1, w.depth), w, math.prod(w.columns), NO_ACTIVATION, x.dtype if dtype is None else dtype)
     return y.reshape(*x.shape[:-axes], *w.columns)
 
 
@@ -59,12 +60,12 @@ def gated(x: Array, w: Weight, activation: str) -> Array:
     w = _laid_out(w)
     _, count = w.columns
     if activation not in FUSED or count % PANEL:
-        return gate(multiply(x, w, 1), activation)
-    return _call(x.reshape(-1, w.depth), w, count, FUSED[activation]).reshape(*x.shape[:-1], count)
+        return gate(multiply(x, w), activation)
+    return _call(x.reshape(-1, w.depth), w, count, FUSED[activation], x.dtype).reshape(*x.shape[:-1], count)
 
 
-def _call(x: Array, w: Panels, columns: int, activation: int) -> Array:
-    call = jax.ffi.ffi_call(native.register(SOURCE, "matmul"), jax.ShapeDtypeStruct((len(x), columns), x.dtype))
+def _call(x: Array, w: Panels, columns: int, activation: int, dtype: DTypeLike) -> Array:
+    call = jax.ffi.ffi_call(native.register(SOURCE, "matmul"), jax.ShapeDtypeStruct((len(x), columns), dtype))
     return call(x, w.values, activation=np.int64(activation))
 
 

@@ -30,9 +30,9 @@ COLUMNS = [1, 31, 64, 65, 127, 128, 200]
 
 
 @cache
-def product(name: str, axes: int = 1) -> Any:
+def product(name: str, axes: int = 1, dtype: Any = None) -> Any:
     matmul = MATMUL[name]
-    return jax.jit(lambda x, w: matmul.multiply(x, matmul.lay_out(w, axes), axes))
+    return jax.jit(lambda x, w: matmul.multiply(x, matmul.lay_out(w, axes), axes, dtype))
 
 
 def operands(rows: int, depth: int, columns: int, seed: int, dtype: Any = jnp.bfloat16) -> tuple[Any, Any]:
@@ -120,6 +120,15 @@ def test_a_layout_adds_no_more_than_fills_panels() -> None:
     _, w = operands(1, 40, 128, 0)
     assert MATMUL["native"].lay_out(w, 1).nbytes == w.nbytes
     assert MATMUL["native"].lay_out(w[:39, :65], 1).nbytes == w.nbytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_result_that_is_not_rounded(name: str) -> None:
+    """Of bfloat16, as logits need it."""
+    x, w = operands(7, 300, 130, 4)
+    y = product(name, dtype=jnp.float32)(x, w)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, np.asarray(x, np.float64) @ np.asarray(w, np.float64), rtol=0, atol=1e-4)
 
 
 @needs_native
