@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import PROMPT, Oracle, tokens_of
+from tiny_models import PROMPT, Oracle, interrupted, tokens_of
 from tiny_tokenizers import byte_tokens
 
 from jaxserve import LLM, BeamSearchOutput, BeamSearchParams, BeamSearchSequence, SamplingParams
@@ -279,20 +279,9 @@ def test_what_the_engine_cannot_hold_is_refused_before_anything_runs(tiny_llm: L
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
-def test_an_interrupted_search_leaves_nothing_behind(
-    tiny_llm: LLM, tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch, steps: int
-) -> None:
-    real_step, left = tiny_llm.engine.runner.step, iter(range(steps))
-
-    def interrupted(batch: Any) -> Any:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return real_step(batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tiny_llm.engine.runner, "step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            tiny_llm.beam_search(PROMPTS, BeamSearchParams(5, 9), use_tqdm=False)
+def test_an_interrupted_search_leaves_nothing_behind(tiny_llm: LLM, tiny_oracle: Oracle, steps: int) -> None:
+    with interrupted(tiny_llm, steps):
+        tiny_llm.beam_search(PROMPTS, BeamSearchParams(5, 9), use_tqdm=False)
     assert_empty(tiny_llm)
     greedy = SamplingParams(temperature=0, max_tokens=8)
     assert tokens_of(tiny_llm.generate([PROMPT], greedy, use_tqdm=False)) == [tiny_oracle.greedy(PROMPT, greedy)]

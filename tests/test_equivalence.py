@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import PROMPT, Oracle, run, tokens_of, write_llama
@@ -203,6 +205,16 @@ def test_bfloat16_on_one_cpu(make_llm: MakeLLM, odd_model: Path) -> None:
         assert tokens_of(outputs) == tokens_of(expected)
         for output, other in zip(outputs, expected, strict=True):
             np.testing.assert_allclose(logprobs(output), logprobs(other), atol=1e-5)
+
+
+def test_logits_of_bfloat16_are_not_rounded_to_it(make_llm: MakeLLM, odd_model: Path) -> None:
+    """Whatever multiplies: between tokens that are alike they would be ties."""
+    for options in ({}, {"matmul_backend": "reference"}):
+        runner = make_llm(odd_model, dtype="bfloat16", **options).engine.runner
+        hidden = jax.random.normal(jax.random.key(0), (1, 3, runner.decoder.hidden_size), jnp.bfloat16)
+        logits = runner.model().unembed(hidden, runner.kernels.matmul)
+        assert logits.dtype == jnp.float32
+        assert (logits != logits.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9
 
 
 def test_by_the_reference_kernel(make_llm: MakeLLM, odd_model: Path, alone: list[RequestOutput]) -> None:

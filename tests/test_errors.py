@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import PROMPT, Oracle, one, run, tokens_of, with_blocks
+from tiny_models import PROMPT, Oracle, interrupted, one, run, tokens_of, with_blocks
 
 from jaxserve import LLM, SamplingParams
 
@@ -74,21 +74,10 @@ def test_a_request_that_the_blocks_can_never_hold(tiny_llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
-def test_an_interrupted_call_leaves_nothing_behind(
-    tiny_llm: LLM, tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch, steps: int
-) -> None:
-    real_step, left = tiny_llm.engine.runner.step, iter(range(steps))
-
-    def interrupted(batch: Any) -> Any:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return real_step(batch)
-
+def test_an_interrupted_call_leaves_nothing_behind(tiny_llm: LLM, tiny_oracle: Oracle, steps: int) -> None:
     params = SamplingParams(temperature=0, max_tokens=20, presence_penalty=1.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(tiny_llm.engine.runner, "step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            tiny_llm.generate([PROMPT] * 7, params, use_tqdm=False)
+    with interrupted(tiny_llm, steps):
+        tiny_llm.generate([PROMPT] * 7, params, use_tqdm=False)
     assert not tiny_llm.engine.has_unfinished and not tiny_llm.engine.scheduler.has_unfinished
     tiny_llm.engine.scheduler.check_integrity()
     assert tokens_of(run(tiny_llm, [PROMPT] * 5, params)) == [tiny_oracle.greedy(PROMPT, params)] * 5

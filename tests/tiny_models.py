@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from jaxserve import LLM, RequestOutput, SamplingParams
@@ -151,6 +153,21 @@ def scale_weight(llm: LLM, name: str, factor: float) -> None:
     (weight,) = jax.tree.leaves(runner.named_params[name])
     place = next(i for i, x in enumerate(runner.params) if x is weight)
     runner.params[place] = weight * jnp.asarray(factor, weight.dtype)
+
+
+@contextmanager
+def interrupted(llm: LLM, steps: int) -> Iterator[None]:
+    """Ctrl-C instead of the step after so many."""
+    real, left = llm.engine.runner.step, iter(range(steps))
+
+    def step(batch: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return real(batch)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(llm.engine.runner, "step", step)
+        yield
 
 
 class Oracle:
