@@ -1,6 +1,6 @@
 """Products for CPUs in C++ (``native.cc``), of weights laid out for them.
 
-XLA:CPU has 70 % of their speed for the tens of rows of a decoding step, in bfloat16 60 %, and for one row a twentieth.
+XLA:CPU has 70 % of their speed for the tens of rows of a decoding step, in bfloat16 55 %, and for one row a twentieth.
 """
 
 from __future__ import annotations

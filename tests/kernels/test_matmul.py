@@ -135,8 +135,8 @@ def test_a_result_that_is_not_rounded(name: str) -> None:
 @pytest.mark.parametrize("depth", [300, 301])
 @pytest.mark.parametrize("columns", [100, 3000])
 def test_a_row_is_the_same_alone_and_in_a_crowd(columns: int, depth: int) -> None:
-    """Bit by bit, so that what a request gets does not depend on its neighbours; NaN in others stays there, also behind a
-    row whose last number has none to make a pair with."""
+    """Bit by bit, so that what a request gets does not depend on its neighbours; NaN in others stays there, also
+    behind a row whose last number has none to make a pair with."""
     x, w = operands(40, depth, columns, 1)
     x = x.at[7].set(jnp.nan)
     alone = [product("native")(x[i : i + 1], w)[0] for i in (0, 6, 8, 39)]
