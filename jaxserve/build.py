@@ -20,7 +20,7 @@ import psutil
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxserve import model_configs
+from jaxserve import hub, model_configs
 from jaxserve.batch import Batch, Features
 from jaxserve.config import GIB, FairnessConfig, SchedulerConfig, SwapConfig, decode_buckets, token_buckets
 from jaxserve.device_state import bytes_per_device, kv_bytes_per_block
@@ -42,7 +42,7 @@ from jaxserve.telemetry import RequestSpans
 from jaxserve.tokenizer import load_tokenizer
 from jaxserve.trace import EngineTrace, Sink, Trace
 from jaxserve.trace_file import TraceFile
-from jaxserve.weights.checkpoint import Checkpoint
+from jaxserve.weights.checkpoint import Checkpoint, weight_names
 from jaxserve.weights.loader import (
     LayOut,
     abstract_params,
@@ -66,8 +66,10 @@ COMPILE_CACHE_BYTES = 8 * GIB
 """Largest size of the directory that keeps compiled programs."""
 GPU_SWAP_GIB = 4.0
 """Host memory for preempted requests, per replica of GPUs, unless the user says otherwise."""
-OWN_OPTIONS = ("model", "tokenizer", "process_id", "compilation_cache_dir", "use_tqdm_on_load", "record", "trace")
-
+OWN_OPTIONS = (
+    *("model", "revision", "tokenizer", "process_id"),
+    *("compilation_cache_dir", "use_tqdm_on_load", "record", "trace"),
+)
 """Of one process; it may have the same model in another place. All others are the same in all processes of a job."""
 GPU_RESERVE_BYTES = GIB // 2
 """Left free on a GPU beside weights, step and cache: CUDA context, NCCL buffers, fragmentation."""
@@ -80,12 +82,24 @@ class ModelFiles:
     directory: Path
     hf: Any
     decoder: DecoderConfig
+    hub_name: str | None
+    """Of a model on the hub, whose weights need not be in the directory yet."""
 
     @classmethod
     def find(cls, args: EngineArgs) -> ModelFiles:
-        directory = find_model(args.model, args.revision)
-        hf = load_hf_config(directory, dict(args.hf_overrides or {}))
-        return cls(directory, hf, decoder_config(hf))
+        """Raises FileNotFoundError where there is no such model, ValueError for one that is not supported."""
+        local, hub_name = local_directory(args.model), None
+        if local is None:
+            hub_name = str(args.model)
+            local = hub.description(hub_name, args.revision)
+        elif args.revision is not None:
+            raise ValueError(f"revision={args.revision!r}: model {str(args.model)!r} is not on the hub but in {local}")
+        hf = load_hf_config(local, dict(args.hf_overrides or {}))
+        return cls(local, hf, decoder_config(hf), hub_name)
+
+    @property
+    def name(self) -> str:
+        return self.hub_name or self.directory.name
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -96,26 +110,17 @@ class ModelFiles:
         return tuple(sorted({*self.decoder.eos_token_ids, *more}))
 
 
-def find_model(model: str | Path, revision: str | None = None) -> Path:
-    """The local directory of "demo", of a path, of a name in ``model_configs`` (no weights), or of a hub name
-    (downloaded into the hub's own cache)."""
+def local_directory(model: str | Path) -> Path | None:
+    """Of "demo", of a path, or of a name in ``model_configs`` (no weights); None = this is a hub name."""
     if str(model) == "demo":
         return DEMO_MODEL
     if Path(model).is_dir():
         return Path(model)
     if shape := model_configs.find(str(model)):
         return shape
-    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        raise FileNotFoundError(f'model {str(model)!r}: no such directory, and no hub name ("owner/name")')
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(str(model), revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"model {str(model)!r}: no such directory, and the hub says: {reason}") from None
+    if hub.is_name(str(model)):
+        return None
+    raise FileNotFoundError(f'model {str(model)!r}: no such directory, and no hub name ("owner/name")')
 
 
 def resolve_mesh(args: EngineArgs) -> MeshConfig:
@@ -203,6 +208,8 @@ def load_model(
     if args.load_format == "orbax" or (args.load_format == "auto" and is_orbax(files.directory)):
         weights = tensors(files.directory)
     else:
+        if files.hub_name is not None:
+            hub.add_weights(files.hub_name, files.directory, weight_names(files.directory))
         family = family_of(files.hf.architectures)
         checkpoint = Checkpoint(files.directory, getattr(family, "PREFIXES", ("model.",)))
         weights = family.weights(files.decoder, checkpoint)

@@ -34,8 +34,8 @@ _LONGEST_WINDOW = 64
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
-def load_tokenizer(path_or_name: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
-    """The fast tokenizer of a local checkpoint folder or of a hub model, the latter at ``revision``.
+def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
+    """The fast tokenizer of a local checkpoint folder or of a hub model.
 
     Raises ``ValueError`` with one line that names ``path_or_name`` when there is none, or only a slow one.
     """
@@ -47,9 +47,8 @@ def load_tokenizer(path_or_name: str | Path, revision: str | None = None, trust_
             f"no tokenizer in {name!r} (none of {', '.join(TOKENIZER_FILES)}): name another one with tokenizer=..., "
             "or pass skip_tokenizer_init=True and give prompts as token ids"
         )
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = transformers_class("AutoTokenizer").from_pretrained(name, **options)
+        tokenizer = transformers_class("AutoTokenizer").from_pretrained(name)
     except Exception as error:  # what it raises depends on the hub, the file format, the tokenizer's own code
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load a tokenizer from {name!r}: {reason}") from error

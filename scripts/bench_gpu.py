@@ -244,9 +244,10 @@ def with_transformers(plan: Plan) -> dict[tuple[str, int, int], Any]:
     """(what, batch, context) -> ``hf_baseline.Baseline``."""
     import hf_baseline
 
-    from jaxserve.build import find_model
+    from jaxserve.build import ModelFiles
+    from jaxserve.engine_args import EngineArgs
 
-    model = hf_baseline.Model(find_model(plan.model))
+    model = hf_baseline.Model(ModelFiles.find(EngineArgs(model=plan.model)).directory)
     try:
         found: dict[tuple[str, int, int], Any] = {}
         for b, c in progress("transformers", plan.decode):

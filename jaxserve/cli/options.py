@@ -88,7 +88,33 @@ class ModelFlags(CheckpointFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineFlags(ModelFlags):
+class StepFlags(ModelFlags):
+    """Also the sizes and the kernels: enough to compile a step."""
+
+    max_model_len: Annotated[
+        int | None, _engine("--max-model-len", help="Longest sequence in tokens; none = the model's.")
+    ] = None
+    max_num_seqs: Annotated[
+        int | None, _engine("--max-num-seqs", help="Sequences per step and replica; none = 64, GPU 256.")
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int | None,
+        _engine("--max-num-batched-tokens", help="Tokens per step and replica; none = 512, GPU 2048."),
+    ] = None
+    block_size: Annotated[int, _engine("--block-size", help="Tokens in one KV block.")] = EngineArgs.block_size
+    gpu_memory_utilization: Annotated[
+        float, _engine("--gpu-memory-utilization", help="Share of a GPU's memory to use.")
+    ] = EngineArgs.gpu_memory_utilization
+    attention_backend: Annotated[
+        str | None, _engine("--attention-backend", help="Paged attention to use. Default: the best that runs here.")
+    ] = None
+    matmul_backend: Annotated[
+        str | None, _engine("--matmul-backend", help="Products with weights to use. Default: the best that runs here.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFlags(StepFlags):
     """Everything that ``LLM`` can be told from a command line."""
 
     tokenizer: Annotated[
@@ -102,29 +128,15 @@ class EngineFlags(ModelFlags):
         _engine("--load-format", metavar="FORMAT", help="auto, safetensors, orbax, or dummy (random weights)."),
     ] = EngineArgs.load_format
     seed: Annotated[int, _engine("--seed", help="Of sampling, and of dummy weights.")] = EngineArgs.seed
-    max_model_len: Annotated[
-        int | None, _engine("--max-model-len", help="Longest sequence in tokens; none = the model's.")
-    ] = None
-    max_num_seqs: Annotated[
-        int | None, _engine("--max-num-seqs", help="Sequences per step and replica; none = 64, GPU 256.")
-    ] = None
-    max_num_batched_tokens: Annotated[
-        int | None,
-        _engine("--max-num-batched-tokens", help="Tokens per step and replica; none = 512, GPU 2048."),
-    ] = None
     no_enable_chunked_prefill: Annotated[
         bool, _engine("--no-enable-chunked-prefill", help="Never split a prompt over steps.")
     ] = False
-    block_size: Annotated[int, _engine("--block-size", help="Tokens in one KV block.")] = EngineArgs.block_size
     num_gpu_blocks_override: Annotated[
         int | None, _engine("--num-gpu-blocks-override", help="KV blocks per replica, whatever the memory.")
     ] = None
     kv_cache_memory_bytes: Annotated[
         int | None, _engine("--kv-cache-memory-bytes", help="Bytes of KV cache on each device.")
     ] = None
-    gpu_memory_utilization: Annotated[
-        float, _engine("--gpu-memory-utilization", help="Share of a GPU's memory to use.")
-    ] = EngineArgs.gpu_memory_utilization
     no_enable_prefix_caching: Annotated[
         bool, _scheduler("--no-enable-prefix-caching", help="Never share KV blocks between requests.")
     ] = False
@@ -160,12 +172,6 @@ class EngineFlags(ModelFlags):
     ] = None
     otlp_traces_endpoint: Annotated[
         str | None, _engine("--otlp-traces-endpoint", metavar="URL", help="Send requests' spans to this collector.")
-    ] = None
-    attention_backend: Annotated[
-        str | None, _engine("--attention-backend", help="Paged attention to use. Default: the best that runs here.")
-    ] = None
-    matmul_backend: Annotated[
-        str | None, _engine("--matmul-backend", help="Products with weights to use. Default: the best that runs here.")
     ] = None
     compilation_cache_dir: Annotated[
         str | None,

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxserve.cli.command import epilog
-from jaxserve.cli.options import Json, ModelFlags
+from jaxserve.cli.options import Json, StepFlags
 from jaxserve.cli.output import bytes_text, count_text, print_json, print_pairs, print_table, progress, seconds_text
-from jaxserve.engine_args import EngineArgs
 
 if TYPE_CHECKING:
     from jaxserve.dry_run import DryRun, Memory, Program
@@ -29,22 +28,9 @@ PLAIN = "plain XLA: each token reads its whole table, so temporaries and loops a
 )
 def audit(
     *,
-    engine: ModelFlags,
+    engine: StepFlags,
     target: Annotated[
         str | None, typer.Option(metavar="GPUS", help='Like "h200:8"; none = simulated CPU devices.')
-    ] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens; none = the model's.")] = None,
-    max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, help="Sequences per step and replica; none = 64, GPU 256.")
-    ] = None,
-    max_num_batched_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per step and replica; none = 512, GPU 2048.")
-    ] = None,
-    gpu_memory_utilization: Annotated[
-        float, typer.Option(help="Share of a GPU's memory to use.")
-    ] = EngineArgs.gpu_memory_utilization,
-    attention_backend: Annotated[
-        str | None, typer.Option(help="Paged attention to use; none = the platform's.")
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Rows of the step; none = the largest decode and the largest other step.")
@@ -59,18 +45,10 @@ def audit(
     No weights are read, and no GPU has to be there. Exit code 1 if the step communicates or copies more than it should,
     or does not fit the target's memory.
     """
-    args = EngineArgs(
-        **engine.engine_options(),
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        gpu_memory_utilization=gpu_memory_utilization,
-        attention_backend=attention_backend,
-    )
     from jaxserve.dry_run import DryRun
     from sharding.hardware import Cluster
 
-    run = DryRun.of(args, None if target is None else Cluster.parse(target))
+    run = DryRun.of(engine.engine_args(), None if target is None else Cluster.parse(target))
     programs = [run.program(layout) for layout in progress("compiling", run.layouts(tokens, decode))]
     memory = run.memory(programs)
     if as_json:
@@ -86,7 +64,7 @@ def audit(
 
 def _report(run: DryRun, programs: Sequence[Program], memory: Memory | None) -> dict[str, Any]:
     return {
-        "model": run.files.directory.name,
+        "model": run.files.name,
         "mesh": run.mesh.sizes,
         "target": None if run.cluster is None else str(run.cluster),
         "attention": run.runner.kernels.attention.name,
@@ -111,7 +89,7 @@ def _print(run: DryRun, programs: Sequence[Program], memory: Memory | None) -> N
     devices = f"{run.mesh.num_devices} simulated CPU devices" if run.cluster is None else str(run.cluster)
     name = run.runner.kernels.attention.name
     print_pairs(
-        f"{run.files.directory.name} on {devices}, {run.mesh.short}",
+        f"{run.files.name} on {devices}, {run.mesh.short}",
         {
             "weights": f"{bytes_text(run.weights)} per device in {run.runner.params[0].dtype}",
             "attention": f"{name} ({PLAIN})" if name == "reference" else name,

@@ -108,9 +108,7 @@ class _Asked:
         dtype = resolve_dtype(args.dtype, files.hf)
         kv_dtype = resolve_kv_dtype(args.kv_cache_dtype, dtype)
         shape = model_shape(files.decoder, str(dtype), str(kv_dtype))
-        return cls(
-            files.directory.name, files.decoder, shape, cluster, next(o for o in OBJECTIVES if o == objective), workload
-        )
+        return cls(files.name, files.decoder, shape, cluster, next(o for o in OBJECTIVES if o == objective), workload)
 
     def check(self, limits: Limits) -> None:
         longest, most = limits.max_model_len or self.workload.length, self.decoder.max_position

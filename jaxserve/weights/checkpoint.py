@@ -61,13 +61,17 @@ class Checkpoint(Mapping[str, Source]):
         return sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in self.tensors.values())
 
 
+def weight_names(directory: Path) -> list[str]:
+    """The safetensors files of a checkpoint, which need not be there yet."""
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        return ["model.safetensors"]
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, checked to be there."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    names = weight_names(directory)
     missing = [name for name in names if not (directory / name).exists()]
     if missing:
         raise FileNotFoundError(

@@ -66,6 +66,15 @@ def test_json(run: Run, model: Path) -> None:
     assert program["memory"]["total"] > found["weight_bytes"] > 0
 
 
+def test_kernels_and_sizes_are_those_asked_for(run: Run) -> None:
+    """Of a model and a mesh that have others by default."""
+    options = ["--attention-backend", "reference", "--matmul-backend", "reference", "--block-size", "8"]
+    found, default = (report(run, "--decode", "--tokens", "1", *more) for more in (options, []))
+    assert (found["attention"], found["matmul"]) == ("reference", "reference")
+    assert found["num_blocks"] == [1 + 2 * (default["num_blocks"][0] - 1)]
+    assert default["matmul"] == ("reference" if native.refusal() else "native")
+
+
 def test_a_broken_budget_is_exit_code_1(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost_model, "layer_collectives", lambda *_: [])
     result = run("audit", "--model", model, "-tp", "2", "--decode", *SMALL)
