@@ -20,6 +20,7 @@ from jaxserve.batch import Batch, BatchLayout, Features, StepOutput
 from jaxserve.config import SWAP_CHUNK
 from jaxserve.device_state import DeviceState, StateSizes, abstract_state, allocate
 from jaxserve.host_blocks import SwappedBlocks
+from jaxserve.interrupts import Uninterrupted
 from jaxserve.models.config import DecoderConfig
 from jaxserve.models.decoder import Decoder
 from jaxserve.sampler import SamplerState
@@ -340,8 +341,9 @@ class ModelRunner:
         program = self.step_program(layout, self.num_blocks)
         batches = [self._global(b, (*("stage",) * (b.ndim - 2), "replica", None)) for b in buffers]
         wanted = self._global(sampled.features.as_array(), (None,))
-        tokens, hidden, self.state = program(self.params, self.state, *batches, wanted)
-        self.last_started = PendingStep(self.step_name(layout), tokens, hidden)
+        with Uninterrupted():
+            tokens, hidden, self.state = program(self.params, self.state, *batches, wanted)
+            self.last_started = PendingStep(self.step_name(layout), tokens, hidden)
         return self.last_started
 
     @property
@@ -363,7 +365,8 @@ class ModelRunner:
             self.swapped.out(self.state, replica, handle, blocks)
         for replica, handle, blocks in ins:
             assert self.swapped is not None and self.state is not None
-            self.state = self.swapped.back(self.state, replica, handle, blocks)
+            with Uninterrupted():
+                self.state = self.swapped.back(self.state, replica, handle, blocks)
         for replica, handle in dropped:
             assert self.swapped is not None
             self.swapped.forget(replica, handle)
@@ -373,13 +376,14 @@ class ModelRunner:
         assert self.state is not None
         padding = (0, self.decoder.vocab_padding)
         counted = np.zeros(len(bias), np.int32) if counts is None else counts
-        row = self._write_slot_program()(
-            self.state.sampler,
+        row = (
             self._global(np.array([replica, slot, counts is not None], np.int32), (None,)),
             self._global(np.pad(bias, padding), ("vocab",)),
             self._global(np.pad(counted, padding), ("vocab",)),
         )
-        self.state = self.state._replace(sampler=row)
+        program = self._write_slot_program()
+        with Uninterrupted():
+            self.state = self.state._replace(sampler=program(self.state.sampler, *row))
 
     def score(self, hidden: np.ndarray, targets: np.ndarray, num_top: int) -> Scores:
         """Log-probabilities of ``targets`` [N] after hidden states [N, D], and of the ``num_top`` likeliest tokens

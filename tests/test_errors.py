@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from tiny_models import PROMPT, Oracle, interrupted, one, run, tokens_of, with_blocks
 
 from jaxserve import LLM, SamplingParams
+from jaxserve.interrupts import Uninterrupted
 
 BAD_CALLS: dict[str, tuple[Any, Any, list[str]]] = {
     "no tokens": ([[]], None, ["empty"]),
@@ -81,6 +84,55 @@ def test_an_interrupted_call_leaves_nothing_behind(tiny_llm: LLM, tiny_oracle: O
     assert not tiny_llm.engine.has_unfinished and not tiny_llm.engine.scheduler.has_unfinished
     tiny_llm.engine.scheduler.check_integrity()
     assert tokens_of(run(tiny_llm, [PROMPT] * 5, params)) == [tiny_oracle.greedy(PROMPT, params)] * 5
+
+
+@pytest.mark.parametrize("name", ["step_program", "_write_slot_program"])
+def test_ctrl_c_after_arrays_were_given_away(
+    tiny_llm: LLM, tiny_oracle: Oracle, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program has taken the state, and what it returned is nowhere yet: the signal waits until it is."""
+    params, runner = SamplingParams(temperature=0, max_tokens=6, presence_penalty=1.0), tiny_llm.engine.runner
+    find = getattr(runner, name)
+
+    def then_a_signal(*asked: Any) -> Any:
+        program = find(*asked)
+
+        def run_and_signal(*arrays: Any) -> Any:
+            outputs = program(*arrays)
+            signal.raise_signal(signal.SIGINT)
+            return outputs
+
+        return run_and_signal
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runner, name, then_a_signal)
+        tiny_llm.generate([PROMPT] * 3, params, use_tqdm=False)
+    assert tokens_of(run(tiny_llm, [PROMPT] * 3, params)) == [tiny_oracle.greedy(PROMPT, params)] * 3
+
+
+def test_the_second_ctrl_c_does_not_wait() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), Uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        done.append("first")
+        signal.raise_signal(signal.SIGINT)
+        done.append("second")
+    assert done == ["first"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_only_the_main_thread_waits_with_signals() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def other() -> None:
+        with Uninterrupted():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert seen == [before]
 
 
 UNSUPPORTED: dict[str, Any] = {
