@@ -237,4 +237,5 @@ def sampling_words(params: SamplingParams, seed: int) -> np.ndarray:
     """int32 [len(SAMPLING_FIELDS)]."""
     floats = np.array([getattr(params, name) for name in FLOAT_FIELDS], np.float32).view(np.int32)
     seeds = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32).view(np.int32)
-    return np.concatenate([seeds, np.array([max(params.top_k, 0)], np.int32), floats])
+    top_k = min(max(params.top_k, 0), np.iinfo(np.int32).max)  # more than any vocabulary has
+    return np.concatenate([seeds, np.array([top_k], np.int32), floats])

@@ -40,8 +40,8 @@ class Completion:
         if ended_by_token and not params.include_stop_str_in_output:
             return None
         delta = self._detokenizer.append([token_id])
-        if not params.stop or count <= params.min_tokens:
-            self.text += delta
+        if count <= params.min_tokens:
+            self.text += self._matcher.feed_early(delta)
             return None
         emitted, matched = self._matcher.feed(delta)
         self.text += emitted
@@ -92,6 +92,7 @@ class RequestGroup:
         self.request_id, self.prompt, self.params, self.completions = request_id, prompt, params, completions
         wanted = params.prompt_logprobs is not None
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = [None] if wanted else None
+        self._sent_prompt_logprobs = 0
 
     @property
     def finished(self) -> bool:
@@ -102,13 +103,17 @@ class RequestGroup:
         kind, finished = self.params.output_kind, self.finished
         if kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
-        first = self.completions[0].request
+        first, delta = self.completions[0].request, kind is RequestOutputKind.DELTA
+        prompt_logprobs = self.prompt_logprobs
+        if delta and prompt_logprobs is not None:
+            prompt_logprobs = prompt_logprobs[self._sent_prompt_logprobs :]
+            self._sent_prompt_logprobs += len(prompt_logprobs)
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=first.prompt_token_ids,
-            prompt_logprobs=self.prompt_logprobs,
-            outputs=[c.output(delta=kind is RequestOutputKind.DELTA) for c in self.completions],
+            prompt_logprobs=prompt_logprobs,
+            outputs=[c.output(delta) for c in self.completions],
             finished=finished,
             metrics=_merge([c.request.metrics for c in self.completions]),
             num_cached_tokens=first.num_cached_tokens,

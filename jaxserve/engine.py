@@ -94,6 +94,7 @@ class Engine:
         bad_words: list[tuple[int, ...]] = []
         if params.bad_words and self.tokenizer is not None:
             bad_words = bad_word_token_sequences(self.tokenizer, params.bad_words)
+        _check_something_is_left(params, ending, [word[0] for word in bad_words if len(word) == 1])
         room = self.scheduler.config.max_model_len - len(prompt_token_ids)
         requests = [
             Request(
@@ -131,13 +132,6 @@ class Engine:
         if outside is not None:
             raise ValueError(f"prompt token id {outside} is outside of the vocabulary (0 to {vocab - 1})")
         params.check_vocabulary(vocab)
-        if params.allowed_token_ids is not None and params.min_tokens:
-            ending = params.all_stop_token_ids(self.eos_token_ids)
-            if set(params.allowed_token_ids) <= set(ending):
-                raise ValueError(
-                    f"min_tokens={params.min_tokens} forbids the tokens that end a request, and allowed_token_ids "
-                    f"allows no others: {list(params.allowed_token_ids)}"
-                )
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise ValueError("stop and bad_words need a tokenizer, and this engine has none (skip_tokenizer_init)")
         room = self.scheduler.config.max_model_len - len(prompt)
@@ -344,3 +338,16 @@ class Engine:
                     self.metrics.num_prompt_tokens += min(s.start + s.count, prompt) - s.start
                 if s.is_new and s.request.metrics.first_scheduled_time is None:
                     s.request.metrics.first_scheduled_time = now
+
+
+def _check_something_is_left(params: SamplingParams, ending: Sequence[int], bad_tokens: Sequence[int]) -> None:
+    """ValueError if a token that comes first, or at any time, has been forbidden whichever it is."""
+    if params.allowed_token_ids is None:
+        return
+    forbidden = {
+        "bad_words": set(bad_tokens),
+        f"min_tokens={params.min_tokens}": set(ending if params.min_tokens else ()),
+    }
+    if set(params.allowed_token_ids) <= set().union(*forbidden.values()):
+        by = " and ".join(name for name, ids in forbidden.items() if ids & set(params.allowed_token_ids))
+        raise ValueError(f"allowed_token_ids {list(params.allowed_token_ids)} are all forbidden, by {by}: allow others")

@@ -79,7 +79,7 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """Per prompt token, the logprobs by token id; None for the first, which nothing predicts.
 
-    The whole is None unless asked for.
+    The whole is None unless asked for. Where outputs carry what is new, they come once.
     """
     outputs: list[CompletionOutput] = field(default_factory=list)
     """The completions, by index."""

@@ -12,6 +12,9 @@ from typing import Any
 SMALLEST_TEMPERATURE = 1e-5
 """Dividing logits by less than this overflows float32; 0 itself means greedy."""
 
+FLOAT32 = (2.0**-126, 2.0**127)
+"""The least and the largest number that a device surely tells from 0 and from infinity."""
+
 WHOLE_VOCABULARY = -1
 """As ``logprobs`` or ``prompt_logprobs``: every token of the vocabulary."""
 
@@ -171,13 +174,13 @@ class SamplingParams:
     def _check_numbers(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
             self._number(name, "in [-2, 2]", lambda value: -2.0 <= value <= 2.0)
-        self._number("repetition_penalty", "> 0", lambda value: value > 0.0)
+        self._number("repetition_penalty", "> 0, in float32", lambda value: FLOAT32[0] <= value <= FLOAT32[1])
         self._number(
             "temperature",
-            f"0 (greedy) or >= {SMALLEST_TEMPERATURE}",
-            lambda value: value == 0.0 or value >= SMALLEST_TEMPERATURE,
+            f"0 (greedy) or >= {SMALLEST_TEMPERATURE}, in float32",
+            lambda value: value == 0.0 or SMALLEST_TEMPERATURE <= value <= FLOAT32[1],
         )
-        self._number("top_p", "in (0, 1]", lambda value: 0.0 < value <= 1.0)
+        self._number("top_p", "in (0, 1], in float32", lambda value: FLOAT32[0] <= value <= 1.0)
         self._number("min_p", "in [0, 1]", lambda value: 0.0 <= value <= 1.0)
 
     def _check_counts(self) -> None:
@@ -273,7 +276,7 @@ def _strings(name: str, values: object) -> tuple[str, ...]:
 
 def _token_id(name: str, value: object) -> int:
     allowed = "token ids, integers >= 0"
-    token_id = _int(f"an item of {name}", value, allowed)
+    token_id = _int(f"a token id of {name}", value, allowed)
     if token_id < 0:
         raise ValueError(f"{name} contains {token_id}; it must have {allowed}")
     return token_id

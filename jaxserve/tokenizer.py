@@ -228,6 +228,7 @@ class StopStringMatcher:
         self._include_in_output = include_in_output
         self._longest_hold = max(map(len, self._stop), default=1) - 1
         self._held = ""
+        self._too_early = 0  # so much of the held text, from its beginning, no match may end in
         self._matched: str | None = None
 
     def feed(self, delta: str) -> tuple[str, str | None]:
@@ -244,9 +245,18 @@ class StopStringMatcher:
             start, self._matched = found
             self._held = ""
             return text[: start + len(self._matched) * self._include_in_output], self._matched
+        return self._released(text), None
+
+    def feed_early(self, delta: str) -> str:
+        """Text that ends nothing yet, though what begins in it may be complete later; what is free to be shown."""
+        text = self._held + delta
+        self._too_early = len(text)
+        return self._released(text)
+
+    def _released(self, text: str) -> str:
         certain = len(text) - self._unfinished_length(text)
-        self._held = text[certain:]
-        return text[:certain], None
+        self._held, self._too_early = text[certain:], max(0, self._too_early - certain)
+        return text[:certain]
 
     def flush(self) -> str:
         """The text held back until now, given that no more will come."""
@@ -254,7 +264,7 @@ class StopStringMatcher:
         return held
 
     def _find(self, text: str) -> tuple[int, str] | None:
-        found = [(text.find(stop), stop) for stop in self._stop]
+        found = [(text.find(stop, max(0, self._too_early + 1 - len(stop))), stop) for stop in self._stop]
         matches = [(start + len(stop), start, stop) for start, stop in found if start >= 0]
         return min(matches)[1:] if matches else None
 

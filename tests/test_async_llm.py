@@ -128,7 +128,10 @@ def whole(kind: RequestOutputKind, outputs: list[RequestOutput]) -> RequestOutpu
     """What the outputs of a request say, taken together."""
     assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True]
     assert kind is not FINAL or len(outputs) == 1
-    return replace(outputs[-1], outputs=joined(outputs)) if kind is DELTA else outputs[-1]
+    if kind is not DELTA:
+        return outputs[-1]
+    prompt = [entry for o in outputs for entry in o.prompt_logprobs or ()]
+    return replace(outputs[-1], outputs=joined(outputs), prompt_logprobs=prompt or None)
 
 
 def check_same(expected: RequestOutput, got: RequestOutput) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.batch import FLOAT_FIELDS, Batch, BatchBuilder, BatchLayout, Features
+from jaxserve.batch import FLOAT_FIELDS, SAMPLING_FIELDS, Batch, BatchBuilder, BatchLayout, Features, sampling_words
 from jaxserve.config import SchedulerConfig
 from jaxserve.outputs import RequestMetrics
 from jaxserve.request import Request
@@ -224,3 +224,8 @@ def test_every_step_that_can_be_scheduled_is_compiled() -> None:
     assert [layout(n, True, 4) for n in (1, 8)] == [(2, 2, True), (8, 8, True)]
     assert [layout(n, False) for n in (1, 16, 17, 64)] == [(16, 8, False)] * 2 + [(64, 8, False)] * 2
     assert config.layouts[-1].num_tokens == 64 and len(config.layouts) == 6
+
+
+def test_more_likeliest_tokens_than_any_vocabulary_has() -> None:
+    words = dict(zip(SAMPLING_FIELDS, sampling_words(SamplingParams(top_k=2**40), 0), strict=True))
+    assert words["top_k"] == 2**31 - 1

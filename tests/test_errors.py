@@ -30,7 +30,7 @@ BAD_CALLS: dict[str, tuple[Any, Any, list[str]]] = {
     "nothing may be sampled": (
         PROMPT,
         SamplingParams(allowed_token_ids=[7], stop_token_ids=[7], min_tokens=2),
-        ["allowed_token_ids", "min_tokens"],
+        ["allowed_token_ids", "min_tokens=2"],
     ),
 }
 
@@ -44,6 +44,16 @@ def test_bad_input_is_refused_and_the_engine_stays_usable(tiny_llm: LLM, case: s
     assert_one_line(error.value, *words)
     assert tiny_llm.get_metrics().num_steps == steps
     assert one(tiny_llm, temperature=0).token_ids
+
+
+def test_bad_words_that_leave_nothing_to_sample(tiny_llm: LLM) -> None:
+    allowed = tiny_llm.get_tokenizer().encode("ab")
+    params = SamplingParams(allowed_token_ids=[*allowed, 7], bad_words=["a", "b"], stop_token_ids=[7], min_tokens=1)
+    with pytest.raises(ValueError) as error:
+        tiny_llm.generate(PROMPT, params, use_tqdm=False)
+    assert_one_line(error.value, "allowed_token_ids", "bad_words and min_tokens=1")
+    params = SamplingParams(allowed_token_ids=allowed, bad_words=["a"], max_tokens=3)
+    assert tokens_of(run(tiny_llm, [PROMPT], params)) == [allowed[1:] * 3]
 
 
 def assert_one_line(error: BaseException, *words: str) -> None:

@@ -229,6 +229,9 @@ def test_stop_strings_inside_tokens(tiny_llm: LLM) -> None:
     completion = one(tiny_llm, **options, stop=["lohe", "ell"], include_stop_str_in_output=True)
     assert (completion.text, completion.stop_reason) == ("hell", "ell")
     assert len(one(tiny_llm, **options, stop="ell", min_tokens=2).token_ids) == 3
+    for least, text, count in ((0, "hel", 2), (1, "hel", 2), (2, "hellohel", 3)):
+        completion = one(tiny_llm, **options, stop="loh", min_tokens=least)  # with 1 it begins too early to end there
+        assert (completion.text, len(completion.token_ids)) == (text, count)
 
 
 def test_a_stop_string_held_back_is_released_at_the_end(tiny_llm: LLM) -> None:
@@ -318,6 +321,12 @@ def test_output_kinds(tiny_llm: LLM, kind: RequestOutputKind) -> None:
             assert all(whole.text.startswith(p.text) for p in parts)
             assert all(whole.token_ids[: len(p.token_ids)] == p.token_ids for p in parts)
     assert not tiny_llm.engine.has_unfinished
+
+
+def test_what_is_new_of_a_prompt_comes_once(tiny_llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=0, output_kind=RequestOutputKind.DELTA)
+    outputs = list(tiny_llm.stream([PROMPT], params))
+    assert [len(output.prompt_logprobs or ()) for output in outputs] == [len(PROMPT), 0, 0]
 
 
 def test_leaving_a_stream_early_aborts_it(tiny_llm: LLM) -> None:

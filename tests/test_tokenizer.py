@@ -222,9 +222,10 @@ def test_cost_per_token_does_not_grow_with_the_output(tokenizer, monkeypatch):
 # --- stop strings
 
 
-def first_match(text, stop):
-    """(start, stop string) of the match seen first by a reader, who looks at every beginning of the text."""
-    for end in range(1, len(text) + 1):
+def first_match(text, stop, early=0):
+    """(start, stop string) of the match seen first by a reader, who looks at every beginning of the text but for those
+    of up to ``early`` characters."""
+    for end in range(early + 1, len(text) + 1):
         ending_here = [s for s in stop if text[:end].endswith(s)]
         if ending_here:
             longest = max(ending_here, key=len)
@@ -238,17 +239,21 @@ def first_match(text, stop):
     text=st.text("ab日\n", max_size=30),
     stop=st.lists(st.text("ab日\n", min_size=1, max_size=4), min_size=1, max_size=4),
     cuts=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    num_early=st.integers(0, 4),
 )
-def test_stop_strings_are_found_as_in_the_whole_text(include, text, stop, cuts):
+def test_stop_strings_are_found_as_in_the_whole_text(include, text, stop, cuts, num_early):
     matcher = StopStringMatcher(stop, include)
     shown, matched = "", None
-    for run in pieces(text, cuts):
+    runs = list(pieces(text, cuts))
+    for run in runs[:num_early]:
+        shown += matcher.feed_early(run)
+    for run in runs[num_early:]:
         emitted, matched = matcher.feed(run)
         shown += emitted
         if matched is not None:
             break
     shown += matcher.flush()
-    expected = first_match(text, stop)
+    expected = first_match(text, stop, len("".join(runs[:num_early])))
     if expected is None:
         assert (shown, matched) == (text, None)
     else:

@@ -68,6 +68,9 @@ def _prepend(older: RequestOutput, newer: RequestOutput) -> None:
         if before.logprobs is not None and after.logprobs is not None:
             before.logprobs += after.logprobs
             after.logprobs = before.logprobs
+    if older.prompt_logprobs is not None and newer.prompt_logprobs is not None:
+        older.prompt_logprobs += newer.prompt_logprobs
+        newer.prompt_logprobs = older.prompt_logprobs
 
 
 def _own(output: RequestOutput) -> RequestOutput:
