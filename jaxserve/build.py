@@ -487,7 +487,19 @@ def blocks_that_fit(runner: ModelRunner, limits: SchedulerConfig, available: int
     """KV blocks per replica in so many bytes on each device, no more than could be used."""
     useful = 1 + limits.max_num_seqs * limits.blocks_per_sequence
     sizes = range(useful + 1)
-    return bisect_right(sizes, available, lo=2, key=lambda n: kv_bytes(runner, replace(limits, num_blocks=n))) - 1
+    most = bisect_right(sizes, available, lo=2, key=lambda n: kv_bytes(runner, replace(limits, num_blocks=n))) - 1
+    return most if _addressed(runner, replace(limits, num_blocks=most)) else (1 << 31) // _block_elements(runner)
+
+
+def _addressed(runner: ModelRunner, limits: SchedulerConfig) -> bool:
+    """Whether attention's kernels reach all of every layer's caches."""
+    sizes = [limits.blocks_of(window) * _block_elements(runner) for window in limits.windows]
+    return all(runner.kernels.attention.addresses(n, n * runner.config.kv_dtype.itemsize) for n in sizes)
+
+
+def _block_elements(runner: ModelRunner) -> int:
+    """Of the keys of one block of one layer, on one device."""
+    return kv_bytes_per_block(runner.decoder, 1, runner.config.block_size, 1, runner.mesh.shape["tp"]) // 2
 
 
 def kv_bytes(runner: ModelRunner, limits: SchedulerConfig) -> int:

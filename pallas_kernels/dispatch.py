@@ -46,6 +46,7 @@ PAGED_ATTENTION: Mapping[str, PagedAttention] = _by_name(
     cpu.IMPLEMENTATION,
     native.IMPLEMENTATION,
     triton.IMPLEMENTATION,
+    triton.SMALL_IMPLEMENTATION,
     triton.INTERPRETED,
     mosaic.IMPLEMENTATION,
 )
@@ -67,7 +68,7 @@ TAILS: Mapping[str, Tails] = _by_name(
 )
 
 BEST: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "paged attention": {"cpu": ("native", "cpu"), "gpu": ("triton",)},
+    "paged attention": {"cpu": ("native", "cpu"), "gpu": ("triton", "triton_small")},
     "matrix product": {"cpu": ("native", "reference"), "gpu": ("reference",)},
     "latent attention": {"cpu": ("reference",), "gpu": ("triton",)},
     "grouped matmul": {"cpu": ("reference",), "gpu": ("triton",)},

@@ -15,13 +15,27 @@ SMALLEST = 16
 WIDE = ("float32", "bfloat16", "float16")
 
 
-def check_offsets(cache: Array) -> None:
+def addresses(num_elements: int, num_bytes: int) -> bool:
     """jax's Triton lowering computes offsets in 32 bits, of which one is the sign, for arrays of up to 2**32 bytes."""
-    if cache.size > 1 << 31 and cache.nbytes <= 1 << 32:
+    return num_elements <= 1 << 31 or num_bytes > 1 << 32
+
+
+def check_offsets(cache: Array) -> None:
+    """Raises ValueError for a cache that has elements which a kernel cannot address."""
+    if not addresses(cache.size, cache.nbytes):
         raise ValueError(
             f"a cache of {cache.nbytes:,} bytes of {cache.dtype} has elements that a Triton kernel cannot address; "
             f"take at most {1 << 31:,} or more than {1 << 32:,} bytes per layer"
         )
+
+
+def lacks_shared_memory(capability: tuple[int, int] | None, needed: int) -> str | None:
+    """Why programs that need so many KiB cannot run there. CUDA programming guide, table of technical specifications:
+    the most that a block may have."""
+    most = {(8, 0): 163, (8, 7): 163}.get(
+        capability or (0, 0), 227 if (9, 0) <= (capability or (0, 0)) < (12, 0) else 99
+    )
+    return None if needed <= most else f"a program needs {needed} KiB of shared memory, and there are {most}"
 
 
 def power_of_two(n: int) -> int:

@@ -23,7 +23,7 @@ COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
 
 TARGET = """
 gpu_device_info {{
-  name: "{chip.name}"
+  name: "{name}"
   device_vendor: "NVIDIA Corporation"
   cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
   core_count: {chip.num_sms}
@@ -54,9 +54,13 @@ gpu_device_info {{
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 22 patch: 0 }}
-device_description_str: "{chip.name}"
+device_description_str: "{name}"
 """
 """XLA's GpuTargetConfigProto. The limits that are written out are the same for all of these GPUs."""
+
+
+SAME_CHIP = {"NVIDIA L40S": "NVIDIA L40"}
+"""That jax's Pallas knows by the other product's name."""
 
 
 def target_config(gpu: Gpu) -> str:
@@ -64,6 +68,7 @@ def target_config(gpu: Gpu) -> str:
     major, minor = gpu.chip.capability
     return TARGET.format(
         gpu=gpu,
+        name=SAME_CHIP.get(gpu.chip.name, gpu.chip.name),
         chip=gpu.chip,
         major=major,
         minor=minor,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from tiny_models import SMALL
 
 from jaxserve import LLM
-from jaxserve.build import GPU_RESERVE_BYTES, kv_bytes_on_gpu, step_bytes
+from jaxserve.build import GPU_RESERVE_BYTES, blocks_that_fit, kv_bytes_on_gpu, step_bytes
 from jaxserve.config import GIB, decode_buckets, token_buckets
 from jaxserve.runner import ModelRunner
+from pallas_kernels.dispatch import PAGED_ATTENTION
 
 BLOCK_BYTES = 2 * 2 * 4 * 2 * 8 * 4
 """K and V, 2 layers, 4 tokens, 2 KV heads of 8 float32 numbers: a block of ``odd_model``."""
@@ -48,6 +52,19 @@ def test_no_more_blocks_than_could_be_used(odd_model: Path) -> None:
 def test_a_cache_that_holds_nothing_is_refused_with_the_numbers(odd_model: Path) -> None:
     with pytest.raises(ValueError, match=rf"{BLOCK_BYTES:,}.*at least 2|kv_cache_memory_bytes leaves"):
         num_blocks(odd_model, kv_cache_memory_bytes=BLOCK_BYTES)
+
+
+@pytest.mark.parametrize(("elements", "reached"), [(0.9, 0.9), (1.5, 1.0), (2.5, 2.5)])
+def test_no_more_blocks_than_kernels_reach(tiny_llm: LLM, elements: float, reached: float) -> None:
+    """Of 8 bits between 2 and 4 GiB a layer, which Triton's offsets do not; times 2**31 keys of a layer."""
+    runner, attention = copy(tiny_llm.engine.runner), PAGED_ATTENTION["triton"]
+    runner.config = replace(runner.config, kv_dtype=jnp.dtype(jnp.float8_e4m3fn))
+    runner.kernels = runner.kernels._replace(attention=attention)
+    limits = replace(tiny_llm.engine.scheduler.config, max_num_seqs=2**40, max_num_batched_tokens=2**40)
+    block = 4 * 2 * 8  # tokens, heads, numbers
+    found = blocks_that_fit(runner, limits, int(elements * 2**31) * runner.decoder.num_layers * 2)
+    assert found == int(reached * 2**31) // block
+    assert attention.addresses(found * block, found * block)
 
 
 def test_what_a_gpu_has_left() -> None:

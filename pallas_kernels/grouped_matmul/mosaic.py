@@ -1,8 +1,9 @@
 """Grouped matmul with Pallas's Mosaic backend, for Hopper: tiles come by TMA, products are wgmma.
 
-The plan is the Triton implementation's: row tiles of one expert each. A tile starts at its expert's first row, so what
-TMA loads may go on into the next expert's rows, or past the last: a row of x only changes its own row of the output,
-and only the tile's rows are stored.
+The plan is a list of row tiles of one expert each, as the Triton implementation's. But what TMA loads for wgmma begins
+at a multiple of 8 rows, and an expert's rows begin anywhere: its first tile begins with up to 7 rows of those before
+it, and its last goes on into rows of those behind it, or past the end. A row of x only changes its own row of the
+output, and only the expert's rows are stored.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuning
 from pallas_kernels.grouped_matmul import GroupedMatmul, Setting, Weights
-from pallas_kernels.grouped_matmul.triton import Plan, plan_tiles
+from pallas_kernels.grouped_matmul.triton import Plan
 from pallas_kernels.triton_tiles import place, power_of_two
 
 DTYPES = ("bfloat16", "float16")
 STEP = 64
 """128 bytes."""
+PATTERN = 8
+"""Rows of 128 bytes that a swizzle permutes among themselves."""
 SWIZZLE = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
-SWIZZLED = plgpu.TilingTransform((8, STEP)), SWIZZLE  # pyright: ignore[reportAbstractUsage]
-"""How wgmma wants 16-bit tiles to lie in shared memory."""
+SWIZZLED = plgpu.TilingTransform((PATTERN, STEP)), SWIZZLE  # pyright: ignore[reportAbstractUsage]
+"""How wgmma wants 16-bit tiles to lie in shared memory. TMA makes such tiles of an array that it sees as [rows / 8, 8]:
+a load that begins inside of 8 rows gets zeros for what lies behind these 8, and no error. Columns likewise, by 64."""
 WARPGROUP_ROWS = 64
 """Of the smallest wgmma."""
 
@@ -69,15 +73,52 @@ def _refuses_tiles(shape: Mapping[str, str], tiles: Tiles) -> str | None:
 TUNED = tuning.read("grouped_matmul/mosaic", Tiles, ("rows", "depth", "columns"), _refuses_tiles)
 
 
+def max_tiles(num_rows: int, num_experts: int, rows: int) -> int:
+    """No fewer than ``num_rows`` rows can make: all groups, the padding included, have one row too many, and all but
+    the first begin at the last row of a pattern."""
+    groups = min(num_experts + 1, num_rows)
+    return (num_rows + (PATTERN - 1) * (groups - 1) - groups) // rows + groups
+
+
+def plan_tiles(group_sizes: Array, num_rows: int, rows: int) -> Plan:
+    """As ``triton.plan_tiles``, of tiles that begin at multiples of 8 rows, an expert's first at the last one up to its
+    own rows. ``row`` is the first row that is the expert's; the tile begins at ``_pattern(row)`` and ends at most
+    ``rows`` behind that."""
+    e = jnp.arange(group_sizes.shape[0])
+    row_ends = _sums(group_sizes, e[None] <= e[:, None])
+    first = _pattern(row_ends - group_sizes)
+    tiles = jnp.where(group_sizes > 0, -(-(row_ends - first) // rows), 0)
+    tile_ends = _sums(tiles, e[None] <= e[:, None])
+    i = jnp.arange(max_tiles(num_rows, group_sizes.shape[0], rows), dtype=jnp.int32)
+    before = tile_ends[None] <= i[:, None]
+    start = _sums(group_sizes, before)
+    begin = _pattern(start) + (i - _sums(tiles, before)) * rows
+    end = jnp.min(jnp.where(before, num_rows, row_ends[None]), axis=1)
+    expert = jnp.sum(before.astype(jnp.int32), axis=1)
+    return Plan(expert, jnp.maximum(begin, start), jnp.minimum(begin + rows, end), rows)
+
+
+def _sums(x: Array, mask: Array) -> Array:
+    """Of those of ``x`` [E] that each row of ``mask`` [P, E] has. [P]"""
+    return jnp.sum(jnp.where(mask, x[None], 0), axis=1)
+
+
+def _pattern(row: Array) -> Array:
+    """The last multiple of 8 up to a row."""
+    return row // PATTERN * PATTERN
+
+
 def _body(plan: Any, x: Any, w: Any, out: Any, *, tiles: Tiles) -> None:
     num_experts, depth, columns = w.shape
     tile, n = place(lax.axis_index("program"), plan.row.shape[0], pl.cdiv(columns, tiles.columns), tiles.band)
     expert, row, row_end = plan.expert[tile], plan.row[tile], plan.row_end[tile]
     shape = tiles.rows, tiles.columns
-    staged = plgpu.SMEM((tiles.columns // STEP, tiles.rows, STEP), out.dtype, transforms=(SWIZZLE,))
+    strips = tiles.columns // STEP, tiles.rows, STEP
+    staged = plgpu.SMEM(strips, out.dtype, transforms=(SWIZZLE,))
 
     def store(sums: Array) -> None:
-        pl.run_scoped(partial(_store, sums, out, row, row_end, n * tiles.columns), staged)
+        to = partial(_store, sums.astype(out.dtype), out, row, row_end, n * tiles.columns)
+        pl.run_scoped(to, staged, plgpu.SMEM(strips, out.dtype))
 
     @pl.when((row < row_end) & (expert < num_experts))
     def _() -> None:
@@ -93,7 +134,7 @@ def _body(plan: Any, x: Any, w: Any, out: Any, *, tiles: Tiles) -> None:
                 ],
                 max_concurrent_steps=tiles.num_stages,
             )
-            pipeline(x.at[pl.ds(row, tiles.rows)], w.at[expert])
+            pipeline(x.at[pl.ds(_pattern(row), tiles.rows)], w.at[expert])
             return acc[...]
 
         store(pl.run_scoped(product, plgpu.ACC(shape)))  # pyright: ignore[reportPrivateImportUsage]
@@ -103,37 +144,52 @@ def _body(plan: Any, x: Any, w: Any, out: Any, *, tiles: Tiles) -> None:
         store(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA))
 
 
-def _store(sums: Array, out: Any, row: Array, row_end: Array, column: Array, staged: Any) -> None:
-    """TMA stores have sizes that are known beforehand: as many rows as there are go in powers of two.
-
-    ``staged`` [columns / STEP, rows, STEP]: strips of the 128 bytes that a swizzle permutes, so that threads do not
-    meet in a bank. Rows that go together begin anywhere, not at a whole pattern of 8: TMA permutes by the address in
-    shared memory (CUDA Programming Guide, "Swizzle Pattern Pointer Offset Computation"), and every strip begins at a
-    pattern.
+def _store(values: Array, out: Any, row: Array, row_end: Array, column: Array, staged: Any, plain: Any) -> None:
+    """``staged``, ``plain`` [columns / STEP, rows, STEP]: strips of the 128 bytes that a swizzle permutes, so that
+    threads do not meet in a bank. Whole patterns go to memory from the swizzled one. Where an expert's rows begin or
+    end inside of one, rows go from anywhere, and so from a copy that is not swizzled; it is made in runs of 16 bytes a
+    thread, because the accumulator's own layout would have 8 rows meet in a bank.
     """
-    values = sums.astype(staged.dtype)
     strips, rows, width = staged.shape
     for strip in range(strips):
         staged[strip] = lax.slice(values, (0, strip * width), (rows, (strip + 1) * width))
-    plgpu.commit_smem()
-    count = row_end - row
+    whole = (row % PATTERN == 0) & (row_end % PATTERN == 0)
+
+    @pl.when(whole)
+    def _() -> None:
+        _send(staged, out, row, row_end, column, PATTERN)
+
+    @pl.when(~whole)
+    def _() -> None:
+        layout = plgpu.Layout.SMEM_GMEM_COPY((rows, width), staged.dtype, swizzle=SWIZZLE.swizzle)
+        for strip in range(strips):
+            plain[strip] = plgpu.load(staged.at[strip], layout=layout)
+        _send(plain, out, row, row_end, column, 1)
+
+
+def _send(strips: Any, out: Any, row: Array, row_end: Array, column: Array, smallest: int) -> None:
+    """TMA stores have sizes that are known beforehand: as many rows as there are go in powers of two, ``smallest`` of
+    them at least."""
+    count, width = row_end - row, strips.shape[2]
     done: Any = 0
-    while rows:
-        now = rows
+    now = strips.shape[1]
+    plgpu.commit_smem()
+    while now >= smallest:
 
         @pl.when(count & now != 0)
         def _(now: int = now, done: Any = done) -> None:
-            for strip in range(strips):
+            for strip in range(strips.shape[0]):
                 to = out.at[pl.ds(row + done, now), pl.ds(column + strip * width, width)]
-                plgpu.copy_smem_to_gmem(staged.at[strip, pl.ds(done, now)], to)
+                plgpu.copy_smem_to_gmem(strips.at[strip, pl.ds(row - _pattern(row) + done, now)], to)
 
         done = done + (count & now)
-        rows //= 2
+        now //= 2
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def product(x: Array, weights: Weights, plan: Plan, tiles: Tiles | None = None, interpret: Any = False) -> Array:
-    """[M, K] by [E, K, N] -> [M, N]. ``tiles`` of the plan's rows: None = those tuned, or ``tiles_for``."""
+    """[M, K] by [E, K, N] -> [M, N]. ``plan`` is of this file's ``plan_tiles``. ``tiles`` of its rows: None =
+    those tuned, or ``tiles_for``."""
     _, depth, columns = weights.values.shape
     tiles = tiles or TUNED.get(rows=plan.rows, depth=depth, columns=columns) or tiles_for(plan.rows, columns)
     if tiles.rows != plan.rows:
@@ -147,7 +203,8 @@ def product(x: Array, weights: Weights, plan: Plan, tiles: Tiles | None = None, 
         kernel_name="grouped_matmul",
         interpret=interpret,
     )
-    return kernel(plan, x, weights.values)
+    # Tiles of 8 rows: an array that TMA is to see as such has whole ones.
+    return kernel(plan, jnp.pad(x, ((0, -x.shape[0] % PATTERN), (0, 0))), weights.values)
 
 
 # -- what dispatch knows -----------------------------------------------------------------------------------------------
@@ -167,6 +224,8 @@ def refuses_arrays(setting: Setting) -> str | None:
         return f"K is a multiple of {STEP}"
     if setting.columns % 8:
         return "N is a multiple of 8, because rows that TMA reads are multiples of 16 bytes"
+    if setting.columns > STEP and setting.columns % STEP:
+        return f"N is at most {STEP} or a multiple of it: so many columns go together in a swizzle"
     return None
 
 

@@ -28,7 +28,7 @@ from pallas_kernels.mla_attention import MlaAttention, Queries, Setting, check_s
 from pallas_kernels.paged_attention import Ragged, Scoring, Shape
 from pallas_kernels.paged_attention import triton as paged
 from pallas_kernels.paged_attention.triton import Cut, Items, Plan, Running, Static, Tile, Tiling
-from pallas_kernels.triton_tiles import SMALLEST, WIDE, check_offsets, dot, power_of_two
+from pallas_kernels.triton_tiles import SMALLEST, WIDE, check_offsets, dot, lacks_shared_memory, power_of_two
 
 AMPERE, ADA = (8, 0), (8, 9)
 FP8 = "float8_e4m3fn"
@@ -36,6 +36,8 @@ LARGEST_LATENT = 512
 """Numbers in c: with more, no tile here keeps its output in registers."""
 PROGRAMS = 256
 """That runs of keys should make of one long sequence: two for each of an H200's 132 SMs."""
+SHARED_KIB = 111
+"""Shared memory of the largest program, as compiled."""
 WRITE_TOKENS = 4
 """Of a program of the kernel that writes: one for each of its warps."""
 
@@ -208,7 +210,7 @@ def refuses(setting: Setting) -> str | None:
         return "it is for NVIDIA GPUs of compute capability 8.0 and above"
     if setting.kv_dtype == FP8 and capability < ADA:
         return f"Triton reads {FP8} from compute capability 8.9 on only"
-    return _refuses_sizes(setting)
+    return _refuses_sizes(setting) or lacks_shared_memory(setting.capability, SHARED_KIB)
 
 
 def _refuses_interpreted(setting: Setting) -> str | None:

@@ -94,6 +94,8 @@ class PagedAttention:
     [T,K,G]: a token that sees nothing here has output 0 and a log-sum-exp of at most ``NOTHING``."""
     refuses: Callable[[Setting], str | None] = lambda setting: None
     """Why it cannot run there, if so."""
+    addresses: Callable[[int, int], bool] = lambda num_elements, num_bytes: True
+    """Whether it reaches all of a cache of this size; of up to 2**31 elements it does."""
 
 
 def stored(x: Array, dtype: jnp.dtype, scale: float) -> Array:

@@ -39,6 +39,9 @@ ROWS = 64
 WARPGROUPS = 2
 """That compute, in a thread block that works on prompts."""
 TILE_ROWS = WARPGROUPS * ROWS
+TILING = 8
+"""Rows of a tile of shared memory, for TMA and wgmma. What TMA copies must begin at a multiple of them in global memory
+too: from any other row on it brings zeros in place of some rows, and others to the wrong place."""
 HEAD_DIMS = (64, 96, 128, 192, 256)
 DTYPES = ("bfloat16", "float16")
 BLOCK_SIZES = (16, 32, 64)
@@ -70,7 +73,8 @@ warpgroup that asked for more would wait for ever."""
 class Tiles(NamedTuple):
     """Runs of query rows of one sequence each. All int32 [N].
 
-    ``row``: the first; ``sequence``: whose, a row of the block tables; ``first``, ``end``: keys that any of its rows
+    ``row``: the first, a multiple of TILING: up to TILING - 1 rows of other sequences may come before the sequence's
+    own; ``sequence``: whose, a row of the block tables; ``first``, ``end``: keys that any of its rows
     sees; ``low``, ``high``: keys that all of its rows see. An empty one has ``end`` 0.
     """
 
@@ -124,34 +128,42 @@ class Plan(NamedTuple):
 
 
 def plan(ragged: Ragged, num_tokens: int, shape: Shape) -> Plan:
+    """The rows of a decoding sequence are its place among the sequences: ``_decode`` lays their queries out so."""
     starts, num_seqs = ragged.cu_q_lens[:-1], ragged.kv_lens.shape[0]
     sequence = jnp.arange(num_seqs, dtype=jnp.int32)
-    tiles = _tiles(ragged, sequence, starts, starts, ragged.cu_q_lens[1:] - starts == 1, shape)
+    tiles = _tiles(ragged, sequence, sequence, (starts, starts), ragged.cu_q_lens[1:] - starts == 1, shape)
     return Plan(ragged, _cut("decode", tiles, _most_items("decode", ragged, num_seqs, shape)))
 
 
-def _tiles(ragged: Ragged, sequence: Array, first_token: Array, last_token: Array, live: Array, shape: Shape) -> Tiles:
-    """Tiles of the rows of these tokens of these sequences, all [N]; ``row`` is the first token."""
+def _tiles(
+    ragged: Ragged, row: Array, sequence: Array, tokens: tuple[Array, Array], live: Array, shape: Shape
+) -> Tiles:
+    """Tiles from these rows on, of these sequences and their first and last of these tokens, all [N]."""
+    first_token, last_token = tokens
     high, end = _take(ragged.visible, first_token), jnp.where(live, _take(ragged.visible, last_token), 0)
     if shape.window is None:
         first, low = jnp.zeros_like(end), jnp.zeros_like(end)
     else:
         first, low = jnp.maximum(high - shape.window, 0), jnp.maximum(end - shape.window, 0)
-    return Tiles(first_token, sequence, jnp.where(live, first, 0), end, low, high)
+    return Tiles(row, sequence, jnp.where(live, first, 0), end, low, high)
 
 
-def _prefill_tiles(ragged: Ragged, num_tokens: int, group: int, shape: Shape) -> tuple[Tiles, Array]:
+def prefill_tiles(ragged: Ragged, num_tokens: int, group: int, shape: Shape) -> tuple[Tiles, Array]:
     """Tiles of the sequences that have several tokens, and the first tile of each sequence [S]."""
     num_seqs = ragged.kv_lens.shape[0]
-    q_lens = ragged.cu_q_lens[1:] - ragged.cu_q_lens[:-1]
-    counts = jnp.where(q_lens > 1, pl.cdiv(q_lens * group, TILE_ROWS), 0)
+    first_row, end_row = ragged.cu_q_lens[:-1] * group, ragged.cu_q_lens[1:] * group
+    begin = first_row // TILING * TILING
+    counts = jnp.where(end_row - first_row > group, pl.cdiv(end_row - begin, TILE_ROWS), 0)
     ends = jnp.cumsum(counts)
-    i = jnp.arange(-(-num_tokens * group // TILE_ROWS) + min(num_seqs, num_tokens // 2), dtype=jnp.int32)
+    most_seqs = min(num_seqs, num_tokens // 2)
+    most_rows = num_tokens * group + most_seqs * (TILING - 1)
+    i = jnp.arange(-(-most_rows // TILE_ROWS) + most_seqs, dtype=jnp.int32)
     sequence = jnp.minimum(_count(i, ends), num_seqs - 1)
-    row = _take(ragged.cu_q_lens, sequence) * group + (i - _take(ends - counts, sequence)) * TILE_ROWS
-    last_row = jnp.minimum(row + TILE_ROWS, _take(ragged.cu_q_lens, sequence + 1) * group) - 1
-    tiles = _tiles(ragged, sequence, row // group, last_row // group, i < ends[-1], shape)
-    return tiles._replace(row=row), ends - counts
+    row = _take(begin, sequence) + (i - _take(ends - counts, sequence)) * TILE_ROWS
+    first = jnp.maximum(row, _take(first_row, sequence))
+    last = jnp.minimum(row + TILE_ROWS, _take(end_row, sequence)) - 1
+    tiles = _tiles(ragged, row, sequence, (first // group, last // group), i < ends[-1], shape)
+    return tiles, ends - counts
 
 
 def _most_items(kind: Kind, ragged: Ragged, num_tiles: int, shape: Shape) -> int:
@@ -351,7 +363,7 @@ def _matrices(*dims: int, dtype: Any) -> Any:
     as wide as the swizzle."""
     columns = _tile_columns(dims[-1], dtype)
     swizzle = columns * jnp.dtype(dtype).itemsize
-    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
+    tiling = plgpu.TilingTransform((TILING, columns))  # pyright: ignore[reportAbstractUsage]
     swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(dims, dtype, transforms=(tiling, swizzling))
 
@@ -563,7 +575,10 @@ def _attend_tile(
     begin = item.begin + n * tile
     if visible is not None:  # before the scores take up registers
         plgpu.barrier_wait(scratch.v_full.at[slot])
-        _clear_unseen(scratch, me, slot, item.end - begin)
+        # A block that stands for those before ``first`` has keys that were never written only if it is the sequence's
+        # last one, in which only a window shorter than a block begins.
+        short = call.shape.window is not None and call.shape.window < call.shape.block_size
+        _clear_unseen(scratch, me, slot, item.first - begin if short else None, item.end - begin)
     plgpu.barrier_wait(scratch.k_full.at[slot])
     scores, factor = _scores(call, scratch, me, slot)
     plgpu.barrier_arrive(scratch.k_free.at[slot])
@@ -620,13 +635,16 @@ def _masked(scores: Array, visible: Array, begin: Array, window: int | None) -> 
     return jnp.where(seen, scores, MASKED)
 
 
-def _clear_unseen(scratch: Scratch, me: Array, slot: Array, live: Array) -> None:
-    """Of a tile of V, zero the keys that are not there: it may be NaN what they hold, and 0 * NaN is NaN. The first
-    warpgroup does it for both: the other one runs half a tile behind. Piece by piece, or registers are spilled."""
+def _clear_unseen(scratch: Scratch, me: Array, slot: Array, first: Array | None, end: Array) -> None:
+    """Of a tile of V, zero the keys before ``first`` and from ``end`` on: it may be NaN what they hold, and 0 * NaN is
+    NaN. The first warpgroup does it for both: the other one runs half a tile behind. Piece by piece, or registers are
+    spilled."""
     tile, head_dim = scratch.v.shape[1:]
     columns = _tile_columns(head_dim, scratch.v.dtype)
 
-    @pl.when((live < tile) & (me == 0))
+    some = end < tile if first is None else (end < tile) | (first > 0)
+
+    @pl.when(some & (me == 0))
     def clear() -> None:
         @pl.loop(0, tile // ROWS)
         def of_rows(i: Array) -> None:
@@ -637,7 +655,8 @@ def _clear_unseen(scratch: Scratch, me: Array, slot: Array, live: Array) -> None
                 piece = scratch.v.at[slot, pl.ds(start, ROWS), pl.ds(pl.multiple_of(j * columns, columns), columns)]
                 values = plgpu.load(piece, layout=MATRIX)
                 key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=MATRIX) + start
-                piece[...] = jnp.where(key < live, values, jnp.zeros_like(values))
+                seen = key < end if first is None else (key < end) & (key >= first)
+                piece[...] = jnp.where(seen, values, jnp.zeros_like(values))
 
         plgpu.commit_smem()
 
@@ -683,22 +702,15 @@ def attend(
 ) -> tuple[Array, Array]:
     if scoring.scale * scoring.k_scale <= 0:
         raise ValueError(f"scores are scaled by {scoring.scale} * {scoring.k_scale}: it must be positive")
-    num_tokens, kv_heads, group, head_dim = q.shape
+    num_tokens, _, group, _ = q.shape
     ragged, num_seqs = plan.ragged, plan.ragged.kv_lens.shape[0]
-    rows = jnp.moveaxis(q.astype(k_cache.dtype), 0, 1).reshape(kv_heads, num_tokens * group, head_dim)
-    padding = TILE_ROWS + -num_tokens * group % 8  # no tile reaches past it, and TMA wants whole tilings of 8 rows
-    operands = Operands(
-        jnp.pad(rows, ((0, 0), (0, padding), (0, 0))),
-        k_cache,
-        v_cache,
-        ragged.block_tables,
-        jnp.pad(jnp.repeat(ragged.visible, group), (0, padding)),
-    )
-    call = Call(1, -(-group // 8) * 8, shape, scoring, config)
-    decoded = _decode(call, operands, plan, group)
+    q = q.astype(k_cache.dtype)
+    call = Call(1, -(-group // TILING) * TILING, shape, scoring, config)
+    decoded = _decode(call, q, k_cache, v_cache, plan)
     if shape.one_token_each:
         return decoded
     call = replace(call, warpgroups=WARPGROUPS, kept_rows=TILE_ROWS)
+    operands = _operands(q, k_cache, v_cache, ragged.block_tables, ragged.visible)
     t = jnp.arange(num_tokens, dtype=jnp.int32)
     sequence = jnp.minimum(_count(t, ragged.cu_q_lens[1:]), num_seqs - 1)
     start, end = _take(ragged.cu_q_lens, sequence), _take(ragged.cu_q_lens, sequence + 1)
@@ -711,24 +723,38 @@ def attend(
     return jnp.where(real[..., None], out, 0.0), jnp.where(real, lse, MASKED)
 
 
-def _decode(call: Call, operands: Operands, plan: Plan, group: int) -> tuple[Array, Array]:
-    """Output [S,K,G,H] and log-sum-exp [S,K,G] of the sequences that have one token; zero and nothing of others."""
-    num_seqs = operands.tables.shape[0]
-    work = plan.decode._replace(items=plan.decode.items.at[:, Item._fields.index("row")].multiply(group))
+def _operands(q: Array, k_cache: Array, v_cache: Array, tables: Array, visible: Array) -> Operands:
+    """``q`` [N,K,G,H], of tokens that see ``visible`` [N] keys."""
+    num_tokens, kv_heads, group, head_dim = q.shape
+    rows = jnp.moveaxis(q, 0, 1).reshape(kv_heads, num_tokens * group, head_dim)
+    padding = TILE_ROWS + -num_tokens * group % TILING  # no tile reaches past it, and TMA wants whole tilings
+    rows = jnp.pad(rows, ((0, 0), (0, padding), (0, 0)))
+    return Operands(rows, k_cache, v_cache, tables, jnp.pad(jnp.repeat(visible, group), (0, padding)))
+
+
+def _decode(call: Call, q: Array, k_cache: Array, v_cache: Array, plan: Plan) -> tuple[Array, Array]:
+    """Output [S,K,G,H] and log-sum-exp [S,K,G] of the sequences that have one token; zero and nothing of others. Their
+    queries are laid out anew, padded to groups of ``call.kept_rows`` heads."""
+    ragged, group = plan.ragged, q.shape[2]
+    num_seqs, token = ragged.kv_lens.shape[0], ragged.cu_q_lens[:-1]
+    padded = jnp.pad(_take(q, token), ((0, 0), (0, 0), (0, call.kept_rows - group), (0, 0)))
+    operands = _operands(padded, k_cache, v_cache, ragged.block_tables, _take(ragged.visible, token))
+    work = plan.decode._replace(items=plan.decode.items.at[:, Item._fields.index("row")].multiply(call.kept_rows))
     tile = jnp.broadcast_to(jnp.arange(num_seqs, dtype=jnp.int32)[:, None], (num_seqs, group))
     row = jnp.broadcast_to(jnp.arange(group, dtype=jnp.int32)[None], (num_seqs, group))
-    most = _most_items("decode", plan.ragged, num_seqs, call.shape)
+    most = _most_items("decode", ragged, num_seqs, call.shape)
     return _merge(_run(call, operands, work), work, most, tile, row)
 
 
 def _prefill(call: Call, operands: Operands, ragged: Ragged, sequence: Array, group: int) -> tuple[Array, Array]:
     """Output [T,K,G,H] and log-sum-exp [T,K,G] of the tokens of sequences [T] that have several; anything of others."""
     num_tokens = sequence.shape[0]
-    tiles, first_tile = _prefill_tiles(ragged, num_tokens, group, call.shape)
+    tiles, first_tile = prefill_tiles(ragged, num_tokens, group, call.shape)
     most = _most_items("prefill", ragged, tiles.row.shape[0], call.shape)
     work = _cut("prefill", tiles, most)
     token = jnp.arange(num_tokens, dtype=jnp.int32) - _take(ragged.cu_q_lens, sequence)
-    row = token[:, None] * group + jnp.arange(group, dtype=jnp.int32)[None]
+    before = _take(ragged.cu_q_lens, sequence) * group % TILING  # rows of other sequences in its first tile
+    row = (before + token * group)[:, None] + jnp.arange(group, dtype=jnp.int32)[None]
     tile = _take(first_tile, sequence)[:, None] + row // TILE_ROWS
     return _merge(_run(call, operands, work), work, most, tile, row % TILE_ROWS)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import tuning
 from pallas_kernels.kv_write import triton as kv_write
 from pallas_kernels.paged_attention import CacheShapes, PagedAttention, Ragged, Scoring, Setting, Shape
-from pallas_kernels.triton_tiles import check_offsets
+from pallas_kernels.triton_tiles import addresses, check_offsets, lacks_shared_memory
 
 AMPERE, ADA = (8, 0), (8, 9)
 WIDE_DTYPES, NARROW_DTYPES = ("float32", "bfloat16", "float16"), ("float8_e4m3fn", "int8")
@@ -43,6 +43,8 @@ LEAST = 16
 """Rows, columns and depth of the smallest product on tensor cores."""
 WARP = 32
 """Threads."""
+SHARED_KIB = 129
+"""Shared memory of the largest program, as compiled."""
 MERGE_ELEMENTS = 8192
 """Of partial outputs that one turn of the merging kernel loads: 32 float32 registers in each thread of 8 warps."""
 
@@ -60,7 +62,7 @@ class Tile:
     """That it loads a turn."""
     num_warps: int
     num_stages: int
-    """Of the loop over keys, as Triton counts them: see ``tile_for``."""
+    """Of the loop over keys, as Triton counts them: see ``Cut``."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class Cut:
     min_keys: int = 256
     """Of a run, if its tile has more than one: partial results are traffic too, 2 * group / keys of the K and V that
     they are of, counting float32 results, written and read, against 16-bit keys."""
+    num_stages: int = 5
+    """Of the loop over keys. Loads through a table take stages of their own: with 3 and 4 what is loaded is waited for
+    at once (PTX: ``cp.async.wait_group 0`` before the products), with 5 the next turn's K and V are under way."""
     tile: Tile | None = None
     """None = ``_tile_of``."""
 
@@ -96,7 +101,9 @@ class Tiling:
     """Prompt chunks. They are cut along the keys only where there are few tiles of tokens with a long past."""
 
 
-def tile_for(head_dim: int, group: int, dtype: str, tokens: int, kv_dtype: str | None = None) -> Tile:
+def tile_for(
+    head_dim: int, group: int, dtype: str, tokens: int, kv_dtype: str | None = None, num_stages: int = 5
+) -> Tile:
     """The sizes for queries of ``dtype`` in items of ``tokens`` tokens. ``kv_dtype``: of the cache; None = ``dtype``.
 
     Rows: all the group's heads if tokens are few, but at most 64; with many tokens 128, because each key is loaded
@@ -104,8 +111,8 @@ def tile_for(head_dim: int, group: int, dtype: str, tokens: int, kv_dtype: str |
     registers of a thread in 4 warps, 64 in 8. (64 rows in 4 warps spill on an A100.) fp8 is widened in registers, and
     that by 8 warps: as many programs as a plan has leave an SM room for them, and in 4 a few cases spill.
     Keys: 64, as long as that keeps the loads under way within the shared memory of an A100 (163 KiB) for two programs
-    of a decode or one of a prompt chunk. K and V of a turn are 32 KiB; compiled decodes keep one turn with 3 and 4
-    stages (38 KiB in all) and two with 5 (70 KiB), because loads through a table take stages of their own.
+    of a decode or one of a prompt chunk. K and V of a turn are 32 KiB; with 5 stages a decode has 70 KiB in all, a
+    prompt chunk 129.
     """
     width, kv_dtype = padded(head_dim), kv_dtype or dtype
     exact = operand_dtype(jnp.dtype(dtype), jnp.dtype(kv_dtype)) == jnp.float32
@@ -118,7 +125,7 @@ def tile_for(head_dim: int, group: int, dtype: str, tokens: int, kv_dtype: str |
     in_four = heads * tokens <= 32 and heads * tokens * width <= 32 * 128 and kv_dtype != "float8_e4m3fn"
     if (dtype, kv_dtype) == ("float16", "int8") and head_dim != width:
         keys //= 2  # masks of columns take registers too: 64 keys spill on an A100, and for three heads on an H100
-    return Tile(heads, keys, 4 if in_four else 8, 5 if tokens == 1 else 3)
+    return Tile(heads, keys, 4 if in_four else 8, num_stages)
 
 
 def _exact_tile(heads: int, rows: int, width: int, as_it_is: bool) -> Tile:
@@ -149,7 +156,7 @@ def _tile_of(cut: Cut, q: Array, cache: Array) -> Tile:
     if cut.tile is not None:
         return cut.tile
     shape = {"tokens": cut.tokens, "head_dim": head_dim, "group": group, "dtype": dtype, "kv_dtype": kv_dtype}
-    return TUNED.get(**shape) or tile_for(head_dim, group, dtype, cut.tokens, kv_dtype)
+    return TUNED.get(**shape) or tile_for(head_dim, group, dtype, cut.tokens, kv_dtype, cut.num_stages)
 
 
 def padded(head_dim: int) -> int:
@@ -276,7 +283,8 @@ def _work(tiles: Tiles, max_keys: int, cut: Cut) -> Work:
     ends, slot_ends = jnp.cumsum(count), jnp.cumsum(several)
 
     can_be_cut = -(-max_keys // cut.unit) > cut.min_units
-    w = jnp.arange(count.shape[0] + (cut.parts if can_be_cut else 0), dtype=jnp.int32)
+    # In a sequence the last tile sees most keys: it goes first.
+    w = ends[-1] - 1 - jnp.arange(count.shape[0] + (cut.parts if can_be_cut else 0), dtype=jnp.int32)
     tile = jnp.minimum(_rank(w, ends), count.shape[0] - 1)
     sequence, row, row_end, low, high = (_take(x, tile) for x in tiles)
     i = w - _take(ends - count, tile)
@@ -284,7 +292,7 @@ def _work(tiles: Tiles, max_keys: int, cut: Cut) -> Work:
     items = Items(
         sequence,
         row,
-        jnp.where(w < ends[-1], row_end, row),
+        jnp.where(w >= 0, row_end, row),
         jnp.maximum(low, start * cut.unit),
         jnp.minimum(high, (start + length) * cut.unit),
         jnp.where(_take(several, tile) > 0, _take(slot_ends - several, tile) + i, -1),
@@ -360,7 +368,7 @@ def attend(
             q.shape[1],
             q.shape[2],
             plan.tables.shape[1],
-            operand_dtype(q.dtype, k_cache.dtype),
+            product_dtype(q.dtype, k_cache.dtype),
             outputs is not None,
         )
         outputs = attend_work((_rows(q), k_cache, v_cache), plan, work, outputs, static, interpret, _attend_item)
@@ -373,6 +381,12 @@ def attend(
 def operand_dtype(q: jnp.dtype, cache: jnp.dtype) -> jnp.dtype:
     """All 8-bit numbers are exact in 16 bits; 16 and 32 bits go up to the wider."""
     return q if cache.itemsize == 1 or cache == q else jnp.dtype(jnp.float32)
+
+
+def product_dtype(q: jnp.dtype, cache: jnp.dtype) -> jnp.dtype:
+    """As ``operand_dtype``, but float8 goes up to float16: the hardware converts two at a time to it, and none to
+    bfloat16. It has all bits of a bfloat16 q from 6e-5 to 65,504; what is larger is cut off there."""
+    return jnp.dtype(jnp.float16) if cache == jnp.float8_e4m3fn and q.itemsize == 2 else operand_dtype(q, cache)
 
 
 def attend_work(
@@ -421,9 +435,7 @@ def _attend_kernel(*refs: Any, static: Static, attend_item: AttendItem) -> None:
     visible [T], q [T*K*G, H], caches [blocks, K, size, H]; the outputs so far, if any; output [T*K*G, H], log-sum-exp
     [T*K*G], and the same of partial results [slots*tokens*K*G, ...], if any."""
     items, inputs, outputs = Items(*refs[:6]), refs[6:11], refs[11 + 2 * static.aliased :]
-    # In a sequence the last tile sees most keys: it goes first.
-    w = items.row.shape[0] - 1 - pl.program_id(2)
-    item = Items(*(field[w] for field in items))
+    item = Items(*(field[pl.program_id(2)] for field in items))
     kv, first_head = pl.program_id(1), pl.program_id(0) * static.tile.heads
 
     @pl.when(item.row < item.row_end)
@@ -494,7 +506,11 @@ def _attend_item(item: Items, kv: Array, first_head: Array, refs: tuple[Any, Any
     (tables, visible, q_ref, k_ref, v_ref), outputs = refs
     rows = rows_of(item, kv, first_head, visible, static)
     column, mask = columns(rows.mine, q_ref.shape[1])
-    q = plt.load(q_ref.at[rows.at[:, None], column], mask=mask, other=0).astype(static.dtype)
+    q = plt.load(q_ref.at[rows.at[:, None], column], mask=mask, other=0)
+    if (q.dtype, static.dtype) == (jnp.bfloat16, jnp.float16):
+        largest = float(jnp.finfo(jnp.float16).max)
+        q = jnp.clip(q.astype(jnp.float32), -largest, largest)
+    q = q.astype(static.dtype)
     width = column.shape[1]
 
     def turn(i: Array, so_far: Running) -> Running:
@@ -570,8 +586,9 @@ def _merge(
 ) -> tuple[Array, Array]:
     """Fill the rows of the tiles that have several items."""
     heads = _power_of_2(static.group)
-    # With one token there may be hundreds of items to merge, with many tokens only a few of many rows.
-    rows = min(8, 4 * static.cut.tokens, heads * static.cut.tokens)
+    # With one token there may be hundreds of items to merge, and few rows: a program for each. With many tokens a few
+    # items of many rows.
+    rows = min(8, static.cut.tokens)
     out, lse = pl.pallas_call(
         partial(_merge_kernel, static=static, rows=rows),
         grid=(pl.cdiv(heads * static.cut.tokens, rows), static.kv_heads, merges.row.shape[0]),
@@ -641,6 +658,10 @@ def _merge_rows(partials: tuple[Any, ...], first: Array, mine: Array, count: Arr
 
 def refuses(setting: Setting) -> str | None:
     """Of the compiled kernels."""
+    return _refuses_small(setting) or lacks_shared_memory(setting.capability, SHARED_KIB)
+
+
+def _refuses_small(setting: Setting) -> str | None:
     capability = setting.capability or (0, 0)
     if setting.platform != "gpu" or capability < AMPERE:
         return "it is for NVIDIA GPUs of compute capability 8.0 and above"
@@ -674,6 +695,7 @@ def implementation(
         partial(plan, tiling=tiling),
         partial(attend, tiling=tiling, interpret=interpret),
         refuses,
+        addresses,
     )
 
 
@@ -684,5 +706,9 @@ SMALL = Tiling(
 )
 """For the interpreter: contexts of tests are cut into several items, and its turns are short."""
 
+SMALL_MEMORY = Tiling(few=replace(Tiling.few, num_stages=3), many=replace(Tiling.many, num_stages=3))
+"""For GPUs whose programs have 99 KiB: two turns' keys of a decode are there, one turn's of the others."""
+
 IMPLEMENTATION = implementation("triton", refuses, Tiling())
+SMALL_IMPLEMENTATION = implementation("triton_small", _refuses_small, SMALL_MEMORY)
 INTERPRETED = implementation("triton_interpreted", _refuses_interpreted, SMALL, interpret=True)

@@ -329,6 +329,21 @@ def test_it_compiles_without_spills(chip: str, op: str, case: str) -> None:
     assert failures(chip, list(kernels.values()), may_spill(op, OPS[op].cases[case][0])) == {}
 
 
+@needs_compiler
+@pytest.mark.parametrize(("kv_dtype", "head_dims"), [("bfloat16", (64, 128, 256)), (FP8, (128,))])
+def test_a_gpu_with_little_shared_memory(kv_dtype: str, head_dims: Sequence[int]) -> None:
+    """An L40S: a block has 99 KiB."""
+    capability = GPUS["l40s"].chip.capability
+    for head_dim in head_dims:
+        setting = attention_setting("bfloat16", kv_dtype, head_dim, 4)._replace(capability=capability)
+        assert "99" in str(attention.IMPLEMENTATION.refuses(setting))
+        chosen = dispatch.paged_attention(setting)
+        assert chosen.name == "triton_small"
+        assert planted("paged attention", chosen, "l40s", setting) == {}
+    with pytest.raises(ValueError, match="99"):
+        dispatch.mla_attention_for(latent_setting("bfloat16", "bfloat16", 16)._replace(capability=capability))
+
+
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
-from mosaic_interpreter import racing
+from mosaic_interpreter import copy_whole_tiles_only, racing
 from on_device import CAPABILITY, INTERPRET, PLATFORM
 
 from pallas_kernels.grouped_matmul import NARROW, GroupedMatmul, Setting, Weights, mosaic, reference, triton
@@ -31,8 +32,14 @@ IMPLEMENTATIONS = {
         TRITON,
         triton.implementation("triton's own tiles", TRITON.refuses, interpret=INTERPRET),
         mosaic.implementation("mosaic", MOSAIC_REFUSES, mosaic.Tiles(64, 128, 64, 2, band=2), RACING),
+        mosaic.implementation("mosaic's own tiles", MOSAIC_REFUSES, interpret=RACING),
     )
 }
+
+
+@pytest.fixture(autouse=True)
+def whole_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_whole_tiles_only(monkeypatch)
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,8 @@ CASES = {
     "int8": Case(37, 40, 23, 3, jnp.bfloat16, jnp.int8),
     "int8 by float32": Case(37, 40, 23, 3, jnp.float32, jnp.int8),
     "fp8": Case(37, 40, 23, 3, jnp.bfloat16, jnp.float8_e4m3fn),
-    "long rows": Case(90, 128, 136, 3, jnp.bfloat16),
+    "long rows": Case(90, 128, 192, 3, jnp.bfloat16),
+    "tall tiles": Case(290, 64, 64, 2, jnp.bfloat16),
     "long rows, float16": Case(5, 64, 40, 12, jnp.float16),
 }
 RUNS = [
@@ -154,6 +162,8 @@ def test_conforms(name: str, label: str) -> None:
 @pytest.mark.parametrize("name", [TRITON.name, "mosaic"])
 def test_experts_without_rows_are_not_read(name: str) -> None:
     case = CASES["long rows"]
+    if reason := IMPLEMENTATIONS[name].refuses(case.setting):
+        pytest.skip(reason)
     rng = np.random.default_rng(0)
     weights = make_weights(case, rng)
     np.asarray(weights.values)[[0, 2]] = np.nan
@@ -170,8 +180,12 @@ PLANS = [(64, 4, 16), (37, 3, 16), (5, 12, 16), (1, 1, 16), (300, 9, 32), (40, 1
 
 
 @pytest.mark.parametrize(("num_rows", "num_experts", "rows"), PLANS)
-def test_tiles_hold_every_row_once_and_never_mix_experts(num_rows: int, num_experts: int, rows: int) -> None:
-    plan = jax.jit(triton.plan_tiles, static_argnums=(1, 2))
+@pytest.mark.parametrize(("plan_tiles", "aligned"), [(triton.plan_tiles, 1), (mosaic.plan_tiles, 8)])
+def test_tiles_hold_every_row_once_and_never_mix_experts(
+    plan_tiles: Callable[[jax.Array, int, int], triton.Plan], aligned: int, num_rows: int, num_experts: int, rows: int
+) -> None:
+    """``aligned``: what the first row is a multiple of that a tile loads."""
+    plan = jax.jit(plan_tiles, static_argnums=(1, 2))
 
     @settings(max_examples=40)
     @given(group_sizes(num_rows, num_experts))
@@ -180,11 +194,15 @@ def test_tiles_hold_every_row_once_and_never_mix_experts(num_rows: int, num_expe
         owner = np.full(num_rows, -1)
         for expert, row, row_end in zip(tiles.expert, tiles.row, tiles.row_end, strict=True):
             if row < row_end:
-                assert row_end - row <= rows
+                assert row_end - row // aligned * aligned <= rows
                 assert (owner[row:row_end] == -1).all()
                 owner[row:row_end] = expert
         whose = [*sizes, num_rows - sum(sizes)]
         np.testing.assert_array_equal(owner, np.repeat(np.arange(num_experts + 1), whose))
+        ends = np.cumsum(whose)
+        starts = ends - whose
+        fewest = np.where(ends > starts, -(-(ends - starts // aligned * aligned) // rows), 0)
+        assert np.sum(np.asarray(tiles.row < tiles.row_end)) == np.sum(fewest)
 
     hold()
 
@@ -262,6 +280,8 @@ def test_what_triton_refuses(setting: Setting, reason: str | None) -> None:
         (H100._replace(dtype="float32", weight_dtype="float32"), "both"),
         (H100._replace(depth=4000), "multiple of 64"),
         (H100._replace(columns=4001), "multiple of 8"),
+        (H100._replace(columns=40), None),
+        (H100._replace(columns=136), "at most 64"),
     ],
     ids=str,
 )
@@ -279,6 +299,7 @@ FAIL_ON_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 MIXTRAL = Case(4096, 4096, 14336, 8, jnp.bfloat16)
 QWEN3 = Case(4096, 2048, 768, 128, jnp.bfloat16)
 QWEN3_DECODE = replace(QWEN3, num_rows=64)
+FEW, ODD = replace(QWEN3_DECODE, num_rows=5, columns=40), replace(QWEN3, num_rows=90)
 
 
 def compiled(implementation: GroupedMatmul, gpu: str, case: Case) -> str:
@@ -306,7 +327,9 @@ def compiled(implementation: GroupedMatmul, gpu: str, case: Case) -> str:
 
 
 @needs_compiler
-@pytest.mark.parametrize(("gpu", "case"), [("h100", QWEN3_DECODE), ("h200", MIXTRAL)], ids=str)
+@pytest.mark.parametrize(
+    ("gpu", "case"), [("h100", QWEN3_DECODE), ("h100", FEW), ("h100", ODD), ("h200", MIXTRAL)], ids=str
+)
 def test_mosaic_compiles_without_spills(
     gpu: str, case: Case, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
-"""The Mosaic kernel on a CPU: run by jax's interpreter, which finds races, and compiled for Hopper.
+"""The Mosaic kernel: run on a Hopper GPU if that is what is tested (JAXSERVE_TEST_PLATFORM=gpu), elsewhere by jax's
+interpreter, which finds races; and compiled for Hopper GPUs that are not there.
 
-Only compiled here, and not run: weights as the left operand of a wgmma from registers, an accumulator that starts at a
+The interpreter does not have: weights as the left operand of a wgmma from registers, an accumulator that starts at a
 value, the registers handed from one warpgroup to others, and what swizzles do to memory.
 """
 
@@ -8,16 +9,29 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
-from mosaic_interpreter import racing
-from test_paged_attention import Case, Sequence, assert_conforms, batches, dense, make_problem, part_of, solve
+from mosaic_interpreter import copy_whole_tiles_only, racing
+from on_device import CAPABILITY, PLATFORM
+from test_paged_attention import (
+    Case,
+    Sequence,
+    assert_conforms,
+    batches,
+    dense,
+    make_problem,
+    part_of,
+    programs,
+    solve,
+)
 
 from pallas_kernels.dispatch import PAGED_ATTENTION
 from pallas_kernels.kv_write import HeadNorm, Inputs
@@ -27,15 +41,19 @@ from sharding.audit import audit
 from sharding.hardware import Cluster
 from sharding.mesh import MeshConfig
 
-NAME = "mosaic, interpreted"
-INTERPRETED = mosaic.make(mosaic.Config(thread_blocks=2, interpret=racing()))
+HOPPER = Setting("gpu", (9, 0), "bfloat16", "bfloat16", 128, 4, 16)
+ON_HOPPER = mosaic.IMPLEMENTATION.refuses(HOPPER._replace(platform=PLATFORM, capability=CAPABILITY)) is None
+NAME = "mosaic, two thread blocks"
+FEW_BLOCKS = mosaic.make(mosaic.Config(thread_blocks=2, interpret=None if ON_HOPPER else racing()))
+NAMES = (NAME, mosaic.IMPLEMENTATION.name) if ON_HOPPER else (NAME,)
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # products with NaN keys
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PAGED_ATTENTION, NAME, INTERPRETED)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PAGED_ATTENTION, NAME, FEW_BLOCKS)
+    copy_whole_tiles_only(monkeypatch)
 
 
 MIXED = Case(40, 3, 20, 16, 1, 4, 64, dtype=jnp.bfloat16)
@@ -72,6 +90,67 @@ def test_more_than_one_of_each(case: Case, sequences: list[Sequence]) -> None:
     assert_conforms(NAME, case, make_problem(case, sequences, 0))
 
 
+SIZES = {
+    "heads of 64": Case(26, 4, 13, 16, 2, 1, 64, dtype=jnp.bfloat16),
+    "heads of 64 by 4": Case(26, 4, 4, 64, 1, 4, 64, softcap=3.0, dtype=jnp.float16),
+    "heads of 64 by 7": Case(26, 4, 13, 16, 1, 7, 64, window=100, dtype=jnp.bfloat16),
+    "heads of 128": Case(26, 4, 4, 64, 1, 1, 128, window=40, softcap=2.0, dtype=jnp.bfloat16),
+    "heads of 128 by 4": Case(26, 4, 13, 16, 1, 4, 128, dtype=jnp.bfloat16),
+    "heads of 128 by 7": Case(26, 4, 4, 64, 1, 7, 128, dtype=jnp.float16),
+}
+
+
+SLOW = ("heads of 64", "heads of 128 by 4")
+"""For the interpreter."""
+
+
+@pytest.mark.parametrize("one_token_each", [False, True], ids=["mixed", "decode"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=label, marks=pytest.mark.slow if label in SLOW and not ON_HOPPER else ())
+        for label, case in SIZES.items()
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_in_use(name: str, case: Case, one_token_each: bool) -> None:
+    """Queries that begin at odd rows; a sequence without a token. (A cache of fp8 is refused.)"""
+    sequences = [Sequence(3, 75), Sequence(1, 131), Sequence(0, 5), Sequence(21, 203)]
+    if one_token_each:
+        case, sequences = replace(case, num_tokens=4, one_token_each=True), [Sequence(1, n) for _, n in sequences]
+    assert_conforms(name, case, make_problem(case, sequences, 0))
+
+
+@pytest.mark.parametrize("case", [MIXED, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_runs(name: str, case: Case) -> None:
+    """On a Hopper GPU what is compiled for it, elsewhere the interpreter."""
+    assert (CAPABILITY == mosaic.HOPPER) == ON_HOPPER
+    problem = make_problem(case, [Sequence(1, 1)], 0)
+    shapes = PAGED_ATTENTION[name].cache_shapes(case.num_blocks, case.block_size, case.kv_heads, case.head_dim)
+    caches = [jax.ShapeDtypeStruct(shape, case.dtype) for shape in shapes]
+    program = programs(name, case)[1].lower(problem.q, *caches, problem.ragged).as_text()
+    kernels = 1 if case.one_token_each else 2
+    assert len(re.findall(r"custom_call @mosaic_gpu", program)) == (kernels if ON_HOPPER else 0)
+    assert ON_HOPPER or "callback" in program
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_unwritten_keys_of_the_block_that_a_short_window_begins_in(group: int) -> None:
+    """It stands for those before it in its tile, and 0 * NaN is NaN."""
+    case = Case(24, 3, 20, 32, 1, group, 64, window=8, dtype=jnp.bfloat16)
+    assert_conforms(NAME, case, make_problem(case, [Sequence(19, 227), Sequence(1, 203), Sequence(2, 100)], 0))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "window", "keys", "block_size"),
+    [(128, 8, 203, 16), (256, 3, 203, 16), (256, 40, 240, 64), (64, 40, 500, 64)],
+)
+def test_the_same_in_decoding(head_dim: int, window: int, keys: int, block_size: int) -> None:
+    case = replace(DECODE, num_tokens=2, num_seqs=2, block_size=block_size, head_dim=head_dim, window=window)
+    assert_conforms(NAME, case, make_problem(case, [Sequence(1, keys)], 0))
+
+
 @pytest.mark.parametrize(
     ("case", "sequence", "row", "key"),
     [(MIXED, Sequence(30, 284), 0, 255), (WINDOW, Sequence(17, 329), 16, 128)],
@@ -94,6 +173,32 @@ def test_a_context_cut_in_two_merges_exactly() -> None:
     assert np.linalg.norm(merged - expected) <= MIXED.tolerance * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize(("num_tokens", "window"), [(24, None), (160, 20)])
+def test_tiles_begin_where_they_can_be_copied_and_have_every_row_once(num_tokens: int, window: int | None) -> None:
+    case = Case(num_tokens, 12, 20, 16, 1, 1, 1, window=window)
+
+    @settings(max_examples=25)
+    @given(batches(case), st.integers(1, 16))
+    @example(([Sequence(2, 2)] * 12, 0), 63)
+    def holds(batch: tuple[list[Sequence], int], group: int) -> None:
+        ragged = Ragged._make(map(jnp.asarray, make_problem(case, *batch).ragged))
+        tiles, _ = mosaic.prefill_tiles(ragged, case.num_tokens, group, case.shape)
+        starts, visible = np.asarray(ragged.cu_q_lens), np.asarray(ragged.visible)
+        rows: list[int] = []
+        for tile in map(mosaic.Tiles._make, np.stack(tiles, axis=1)):
+            if not tile.end:
+                continue
+            assert tile.row % mosaic.TILING == 0
+            begin, end = starts[tile.sequence : tile.sequence + 2] * group
+            rows += (mine := range(max(tile.row, begin), min(tile.row + mosaic.TILE_ROWS, end)))
+            assert (tile.high, tile.end) == (visible[mine[0] // group], visible[mine[-1] // group])
+            if window is not None:
+                assert (tile.first, tile.low) == tuple(max(0, n - window) for n in (tile.high, tile.end))
+        assert rows == [row for a, b in pairwise(starts) if b - a > 1 for row in range(a * group, b * group)]
+
+    holds()
+
+
 def test_items_cover_every_key_of_every_tile_once() -> None:
     rng = np.random.default_rng(0)
     tables, starts = jnp.zeros((9, 700), jnp.int32), jnp.arange(10, dtype=jnp.int32)
@@ -109,9 +214,6 @@ def test_items_cover_every_key_of_every_tile_once() -> None:
         seen = [key for i in mine for key in range(i.first, i.end)]
         assert seen == list(range(max(0, length - window), length))
         assert [i.slot for i in mine] == list(range(work.slots[sequence], work.slots[sequence] + work.counts[sequence]))
-
-
-HOPPER = Setting("gpu", (9, 0), "bfloat16", "bfloat16", 128, 4, 16)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +308,7 @@ def test_compiles_without_spills_and_leaves_the_caches_in_place(
 def test_scoring_must_keep_the_order_of_scores() -> None:
     shape = Shape(16, one_token_each=True)
     problem = make_problem(DECODE, [Sequence(1, 1)], 0)
-    caches = [jnp.zeros(s, jnp.bfloat16) for s in INTERPRETED.cache_shapes(2, 16, 2, 64)]
-    plan = INTERPRETED.plan(Ragged._make(map(jnp.asarray, problem.ragged)), 4, shape)
+    caches = [jnp.zeros(s, jnp.bfloat16) for s in FEW_BLOCKS.cache_shapes(2, 16, 2, 64)]
+    plan = FEW_BLOCKS.plan(Ragged._make(map(jnp.asarray, problem.ragged)), 4, shape)
     with pytest.raises(ValueError, match="scale"):
-        INTERPRETED.attend(jnp.asarray(problem.q), caches[0], caches[1], plan, shape, Scoring(-1.0))
+        FEW_BLOCKS.attend(jnp.asarray(problem.q), caches[0], caches[1], plan, shape, Scoring(-1.0))

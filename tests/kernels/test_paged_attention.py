@@ -86,7 +86,7 @@ CASES = {
     "several tiles": Case(150, 3, 12, 16, 1, 2, 8, window=100),
     "long sequences": Case(8, 2, 40, 4, 2, 1, 8),
     "bfloat16": Case(24, 5, 6, 4, 2, 3, 24, dtype=jnp.bfloat16),
-    "fp8 cache": Case(24, 5, 6, 4, 2, 3, 24, kv_dtype=jnp.float8_e4m3fn),
+    "fp8 cache": Case(24, 5, 6, 4, 2, 3, 24, dtype=jnp.bfloat16, kv_dtype=jnp.float8_e4m3fn),
     "int8 cache": Case(24, 5, 6, 4, 2, 3, 24, dtype=jnp.bfloat16, kv_dtype=jnp.int8),
     "decode": Case(6, 6, 6, 4, 2, 1, 8, one_token_each=True),
     "decode one": Case(1, 1, 40, 4, 2, 3, 24, one_token_each=True),

@@ -135,6 +135,23 @@ def test_a_short_chunk_with_a_long_past_is_cut_up() -> None:
     assert (many.items.high - many.items.low)[live].max() <= 2 * (past + chunk) / 32 + 64
 
 
+def test_live_items_come_first_and_of_a_sequence_the_last() -> None:
+    """Programs start in the order of items, and those of dead ones only return."""
+    (work,) = planned(decodes([4096, 64]), 2, Shape(16, one_token_each=True), triton.Tiling()).works
+    live = work.items.row < work.items.row_end
+    assert 2 < live.sum() < len(live) and not live[live.sum() :].any()
+    assert list(work.items.sequence[live]) == [1, *[0] * (live.sum() - 1)]
+    assert (np.diff(work.items.low[live][1:]) < 0).all()
+
+
+def test_queries_that_float16_does_not_hold() -> None:
+    """Beside a cache of float8 products are of float16."""
+    case = CASES["fp8 cache"]
+    problem = make_problem(case, [Sequence(3, 9), Sequence(1, 20)], 0)
+    out, _ = solve("triton_interpreted", case, problem._replace(q=np.full_like(problem.q, 1e9)))
+    assert np.isfinite(out).all() and out[:4].any()
+
+
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 
