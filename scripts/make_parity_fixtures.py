@@ -15,6 +15,10 @@ of its own, with Python 3.11:
 
     hf-env/bin/python scripts/make_parity_fixtures.py
 
+rope_frequencies.json holds, for one rope_parameters of each kind, what positions are multiplied by in a sequence of
+a given length. Angles grow with the position, and so does what the last bit of a frequency makes of them; prompts
+long enough to show it would make large fixtures.
+
 A case folder holds
     config.json        as transformers saves it, or rewritten with the older key names ("*_legacy" cases)
     model.safetensors  bfloat16 weights (one case has several shards and an index instead)
@@ -223,6 +227,33 @@ LONGROPE = rope(
 )
 FULL, SLIDING = "full_attention", "sliding_attention"
 
+FREQUENCIES = "rope_frequencies"  # the name of the file, and as a case
+FREQUENCIES_HEAD_DIM = 96
+FREQUENCIES_MAX_POSITION = 4096
+FREQUENCIES_ROPES: list[tuple[int, JsonDict]] = [  # (length of the sequence, rope_parameters)
+    (1, rope(100.0)),
+    (1, rope(500000.0)),
+    (1, rope(10000.0, "linear", factor=3.0)),
+    (1, {**LLAMA3_ROPE, "rope_theta": 500000.0, "original_max_position_embeddings": 512}),
+    (1, rope(10000.0, "yarn", factor=8.0, original_max_position_embeddings=512)),
+    (1, rope(1000000.0, "yarn", **{**YARN_OPTIONS, "original_max_position_embeddings": 512})),
+    (4096, rope(10000.0, "dynamic", factor=3.0)),
+    (5000, rope(10000.0, "dynamic", factor=3.0)),
+    *(
+        (
+            length,
+            rope(
+                10000.0,
+                "longrope",
+                short_factor=[round(1 + i / 70, 4) for i in range(FREQUENCIES_HEAD_DIM // 2)],
+                long_factor=[round(1.03 * 1.08**i, 4) for i in range(FREQUENCIES_HEAD_DIM // 2)],
+                original_max_position_embeddings=512,
+            ),
+        )
+        for length in (512, 513)
+    ),
+]
+
 
 def gpt2_hub_names(tensors: Tensors, config: JsonDict) -> Tensors:
     """The layout of the original GPT-2 checkpoints: no "transformer." prefix, causal masks as tensors."""
@@ -322,6 +353,19 @@ CASES = [
             "mscale_all_dim": {"rope_parameters": rope(500.0, "yarn", **{**YARN_OPTIONS, "mscale_all_dim": 0.0})},
             "truncate": {"rope_parameters": rope(500.0, "yarn", **{**YARN_OPTIONS, "truncate": True})},
         },
+    ),
+    Case(
+        "llama_rope_yarn_top",
+        "YaRN rope scaling with an original length at the top of config.json, which wins over the other",
+        {
+            **LLAMA,
+            "head_dim": 24,
+            "max_position_embeddings": 128,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": rope(500.0, "yarn", factor=4.0),
+        },
+        checks={"top": {"original_max_position_embeddings": 100}},
+        rename={"rope_parameters": rope(500.0, "yarn", factor=4.0, original_max_position_embeddings=100)},
     ),
     Case(
         "llama_bias",
@@ -918,6 +962,26 @@ def make_case(case: Case, out: Path, verbose: bool) -> None:
         print(f"    tensors: least telling is {weakest[0]}: {weakest[1]:.3f}", flush=True)
 
 
+def make_frequencies(out: Path) -> None:
+    """Write rope_frequencies.json: what a rotary embedding of transformers uses in a sequence of each length."""
+    entries = []
+    for length, parameters in FREQUENCIES_ROPES:
+        settings = {
+            "hidden_size": FREQUENCIES_HEAD_DIM,
+            "num_attention_heads": 1,
+            "max_position_embeddings": FREQUENCIES_MAX_POSITION,
+            "rope_parameters": parameters,
+        }
+        config = transformers.AutoConfig.for_model("llama", **copy.deepcopy(settings))
+        embedding = transformers.AutoModel.from_config(config).rotary_emb
+        embedding(torch.zeros(1), torch.arange(length)[None])
+        entries.append({"config": settings, "length": length, "frequencies": embedding.inv_freq.tolist()})
+    out.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(entry) for entry in entries)
+    (out / f"{FREQUENCIES}.json").write_text(f"[\n{lines}\n]\n")
+    print(f"{FREQUENCIES:24} {len(entries)} entries", flush=True)
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -936,7 +1000,7 @@ The environment this needs is described at the top of the script.""",
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
     parser.add_argument("-v", "--verbose", action="store_true", help="print the effect of each checked switch")
     options = parser.parse_args(arguments)
-    unknown = set(options.case or ()) - {case.name for case in CASES}
+    unknown = set(options.case or ()) - {case.name for case in CASES} - {FREQUENCIES}
     if unknown:
         parser.error(f"unknown case: {', '.join(sorted(unknown))} (--list shows them)")
     return options
@@ -948,6 +1012,7 @@ def main() -> int:
     if options.list:
         for case in CASES:
             print(f"{case.name:24} {case.about}")
+        print(f"{FREQUENCIES:24} the frequencies of every kind of rope")
         return 0
     require(MISSING is None, f"needs the module {MISSING}; the top of the script says how to set up")
     for module in (torch, transformers):
@@ -958,6 +1023,8 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     with torch.no_grad():
+        if not options.case or FREQUENCIES in options.case:
+            make_frequencies(options.out)
         for case in CASES:
             if not options.case or case.name in options.case:
                 make_case(case, options.out, options.verbose)

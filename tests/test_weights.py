@@ -19,14 +19,14 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny_models import LLAMA, SMALL, Counting, InMemory, llama_tensors, write_llama
 
 from jaxserve import LLM
 from jaxserve.models import hf, llama
-from jaxserve.models.registry import FAMILIES, decoder_config, load_hf_config
+from jaxserve.models.registry import FAMILIES, decoder_config, family_of, load_hf_config
 from jaxserve.weights import loader
-from jaxserve.weights.checkpoint import Checkpoint
+from jaxserve.weights.checkpoint import Checkpoint, weight_names
 from jaxserve.weights.loader import (
     LayOut,
     abstract_params,
@@ -36,7 +36,7 @@ from jaxserve.weights.loader import (
     random_params,
     summed_axes,
 )
-from jaxserve.weights.source import Box, Source, concat, stack
+from jaxserve.weights.source import COMPARED_ENTRIES, Box, Source, concat, same, stack
 from pallas_kernels.dispatch import MATMUL
 from pallas_kernels.matmul import Panels
 from sharding import MeshConfig, ShardingRules, build_mesh
@@ -141,6 +141,32 @@ def test_sources_that_do_not_fit_are_refused() -> None:
             make()
 
 
+def test_parts_of_several_dtypes_become_float32() -> None:
+    """float16 and bfloat16 have no dtype in common that numpy knows."""
+    values = np.linspace(-3, 3, 8).astype(np.float32).reshape(2, 4)
+    parts = [InMemory(values.astype(dtype)) for dtype in (np.float16, ml_dtypes.bfloat16, np.float32)]
+    fused = concat(parts, 0)
+    expected = np.concatenate([part.array.astype(np.float32) for part in parts])
+    for source, array in ((fused, expected), (fused.split(0, (2, 3)).merge(0, 2), expected)):
+        assert source.read_all().dtype == np.float32
+        np.testing.assert_array_equal(source.read_all(), array)
+    rows = fused.merge(0, 2).read((slice(6, 12),))  # the end of one part and the beginning of the next
+    np.testing.assert_array_equal(rows, expected.reshape(-1)[6:12])
+    assert fused.read((slice(0, 2), slice(0, 4))).dtype == np.float16
+
+
+def test_tensors_are_compared_some_rows_at_a_time() -> None:
+    rows = np.broadcast_to(np.float32(1), (5, COMPARED_ENTRIES // 2))
+    left, right = Counting(InMemory(rows)), Counting(InMemory(rows.astype(ml_dtypes.bfloat16)))
+    assert same(left, right) and left.num_read == right.num_read == rows.size
+    other = rows.copy()
+    other[1, 7] = 2
+    left = Counting(InMemory(rows))
+    assert not same(left, InMemory(other)) and left.num_read == COMPARED_ENTRIES
+    left = Counting(InMemory(rows))
+    assert not same(left, InMemory(rows[:4])) and left.num_read == 0
+
+
 def test_a_shard_reads_only_itself() -> None:
     """Of the fused query, key and value weight, each of two ranks reads its heads and nothing else."""
     config = decoder_config(load_config())
@@ -224,6 +250,18 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
     save_file({"b": np.ones(1, np.float32)}, tmp_path / names["b"])
     assert [Checkpoint(tmp_path)[name].read_all()[0] for name in "ab"] == [0, 1]
+    save_file({"a": np.full(1, 5, np.float32)}, tmp_path / "model.safetensors")
+    assert weight_names(tmp_path) == ["model.safetensors"]  # as in transformers: the index is what is left over
+    assert {name: source.read_all()[0] for name, source in Checkpoint(tmp_path).items()} == {"a": 5}
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_pickled_weights_are_not_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "training_args.bin").touch()
+    (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=rf"{name} is not read.*save_pretrained") as error:
+        Checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 # -- models that do not belong together --------------------------------------------------------------------------------
@@ -267,6 +305,8 @@ def test_config_and_weights_that_disagree(tmp_path: Path, entry: str, value: Any
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}}, ["spiral", *hf.ROPE_KINDS]),
         ({"hidden_act": "tanhshrink"}, ["tanhshrink", *hf.ACTIVATIONS]),
         ({"num_key_value_heads": 3}, ["8 query heads", "3 KV heads"]),
+        ({"is_causal": False}, ["is_causal=False"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5", "llama"]),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -274,6 +314,54 @@ def test_models_that_are_not_supported(tmp_path: Path, entries: dict[str, Any], 
     config = {name: value for name, value in (LLAMA | entries).items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert_refused(tmp_path, *words)
+
+
+@pytest.mark.parametrize("stored", ["equal", "the other only", "different"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_tied_embeddings_that_are_stored_in_other_ways(tmp_path: Path, family: str, stored: str) -> None:
+    """Both, if they are equal, or the unembedding alone, as transformers reads them; both with different values are not
+    tied there."""
+    name, embed = {"llama": ("llama_tied", "model.embed_tokens.weight"), "gpt2": ("gpt2", "transformer.wte.weight")}[
+        family
+    ]
+    fixture = Path(__file__).parent / "parity" / "fixtures" / name
+    config = decoder_config(hf_config := load_hf_config(fixture))
+    tensors = load_file(fixture / "model.safetensors")
+    expected = tensors[embed].astype(np.float32)
+    head = tensors.pop(embed) if stored == "the other only" else tensors[embed].copy()
+    if stored == "different":
+        head[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    weights = family_of(hf_config.architectures).weights(config, Checkpoint(tmp_path))
+    if stored == "different":
+        with pytest.raises(ValueError, match=rf"lm_head\.weight is stored and differs from {embed}.*hf_overrides"):
+            dict(weights)
+        return
+    sources = dict(weights)
+    assert "embedding.weight" not in sources
+    np.testing.assert_array_equal(sources["unembedding.weight"].read_all().T, expected)
+
+
+def test_embeddings_that_are_said_to_be_tied_and_differ(tmp_path: Path) -> None:
+    write_llama(tmp_path, tie_word_embeddings=True)
+    assert_refused(tmp_path, "tie_word_embeddings", "lm_head.weight", "hf_overrides")
+    overrides = {"tie_word_embeddings": False}
+    LLM(tmp_path, skip_tokenizer_init=True, use_tqdm_on_load=False, hf_overrides=overrides, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "entries"),
+    [
+        ("mistral", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {"attention_bias": False, "mlp_bias": True}),
+        ("qwen3", {"mlp_bias": True}),
+        ("phi3_window", {"attention_bias": True, "mlp_bias": True, "layer_types": ["full_attention"] * 2}),
+    ],
+)
+def test_entries_that_the_family_does_not_read(name: str, entries: dict[str, Any]) -> None:
+    """In transformers; they change nothing here either."""
+    fixture = Path(__file__).parent / "parity" / "fixtures" / name
+    assert decoder_config(load_hf_config(fixture, entries)) == decoder_config(load_hf_config(fixture))
 
 
 def test_a_config_that_is_not_there_or_no_json(tmp_path: Path) -> None:

@@ -38,8 +38,7 @@ def config(hf: h.HFConfig) -> DecoderConfig:
 
 def weights(config: DecoderConfig, checkpoint: Mapping[str, Source]) -> h.Weights:
     d = config.hidden_size
-    unembed = None if config.tied_embeddings else checkpoint["lm_head.weight"]
-    yield from h.vocabulary(config, checkpoint["transformer.wte.weight"], unembed)
+    yield from h.vocabulary(config, checkpoint, "transformer.wte.weight", "lm_head.weight")
     yield "position_embedding.weight", checkpoint["transformer.wpe.weight"]
     yield from _norm(checkpoint, "transformer.ln_f", "final_norm")
     for i in range(config.num_layers):

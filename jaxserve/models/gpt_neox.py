@@ -14,7 +14,7 @@ PREFIXES = ("gpt_neox.",)
 
 def config(hf: h.HFConfig) -> DecoderConfig:
     dim = hf.hidden_size // hf.num_attention_heads
-    ropes = (h.rope(hf, dim),)
+    ropes = (h.rope(hf, dim, partial=True),)
     bias = bool(getattr(hf, "attention_bias", True))
     return DecoderConfig(
         vocab_size=hf.vocab_size,
@@ -39,8 +39,7 @@ def config(hf: h.HFConfig) -> DecoderConfig:
 
 
 def weights(config: DecoderConfig, checkpoint: Mapping[str, Source]) -> h.Weights:
-    unembed = None if config.tied_embeddings else checkpoint["embed_out.weight"]
-    yield from h.vocabulary(config, checkpoint["gpt_neox.embed_in.weight"], unembed)
+    yield from h.vocabulary(config, checkpoint, "gpt_neox.embed_in.weight", "embed_out.weight")
     yield from _linear(checkpoint, "gpt_neox.final_layer_norm", "final_norm.weight", "final_norm.bias")
     for i in range(config.num_layers):
         theirs, ours = f"gpt_neox.layers.{i}.", f"layers.{i}."

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxserve.models.config import Activation, DecoderConfig, LayerConfig, RopeConfig, RopeKind
-from jaxserve.weights.source import Source, concat, stack
+from jaxserve.weights.source import Source, concat, same, stack
 
 HFConfig = Any
 """A transformers PretrainedConfig: defaults filled in, rope settings under ``rope_parameters``."""
@@ -52,24 +52,31 @@ def window_layers(hf: HFConfig) -> tuple[LayerConfig, ...]:
     return tuple(LayerConfig(window=window if t == "sliding_attention" else None) for t in types)
 
 
-def rope(hf: HFConfig, dim: int, parameters: Mapping[str, Any] | None = None) -> RopeConfig:
-    """RopeConfig from ``rope_parameters`` (Hugging Face's ``modeling_rope_utils`` says what they mean)."""
+def rope(hf: HFConfig, dim: int, parameters: Mapping[str, Any] | None = None, *, partial: bool = False) -> RopeConfig:
+    """RopeConfig from ``rope_parameters`` (Hugging Face's ``modeling_rope_utils`` says what they mean).
+
+    ``parameters``: those of one type of layers, where types have their own. ``partial``: whether the family turns a
+    part of each head only, if the config says so.
+    """
     p = dict(parameters if parameters is not None else hf.rope_parameters)
     kind = p.get("rope_type") or p.get("type") or "default"
     kind = "longrope" if kind == "su" else kind
     if kind not in ROPE_KINDS:
         raise ValueError(f"rope type {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
-    dim = int(dim * p.get("partial_rotary_factor", 1.0))
-    original = (
-        p.get("original_max_position_embeddings")
-        or getattr(hf, "original_max_position_embeddings", None)
-        or hf.max_position_embeddings
-    )
+    part = p.get("partial_rotary_factor", 1.0)
+    if part != 1 and not partial:
+        raise ValueError(
+            f"partial_rotary_factor={part} is not supported: transformers' {hf.model_type} does not read it, and turns "
+            "whole heads; leave it out for that"
+        )
+    # Beside one dictionary for all layers, a length at the top of the config wins.
+    top = None if parameters is not None else getattr(hf, "original_max_position_embeddings", None)
+    original = top or p.get("original_max_position_embeddings") or hf.max_position_embeddings
     if kind == "dynamic":
         original = hf.max_position_embeddings
     factor = p.get("factor") or hf.max_position_embeddings / original
     return RopeConfig(
-        dim=dim,
+        dim=int(dim * part),
         theta=float(p["rope_theta"]),
         kind=kind,
         factor=float(factor),
@@ -105,9 +112,13 @@ def _attention_factor(kind: str, factor: float, original: int, p: Mapping[str, A
 
 
 def max_position(hf: HFConfig, ropes: tuple[RopeConfig, ...]) -> int:
-    """Longest context: dynamic scaling goes beyond what the config calls the maximum."""
-    stretch = max((r.factor for r in ropes if r.kind == "dynamic"), default=1.0)
-    return int(hf.max_position_embeddings * stretch)
+    """Longest context. What the config calls the maximum is the unscaled one with dynamic and linear scaling, but for
+    Gemma 3's, and may be with yarn; with llama3 and longrope it is the scaled one (as vLLM derives max_model_len)."""
+    longest = hf.max_position_embeddings
+    unscaled = ("dynamic",) if hf.model_type.startswith("gemma3") else ("dynamic", "linear")
+    scaled = [longest * r.factor for r in ropes if r.kind in unscaled]
+    scaled += [r.original_max_position * r.factor for r in ropes if r.kind == "yarn"]
+    return int(max([longest, *scaled]))
 
 
 def fuse_qkv(config: DecoderConfig, q: Source, k: Source, v: Source) -> Source:
@@ -129,10 +140,26 @@ def fuse_gate_up(gate: Source, up: Source) -> Source:
     return fused if len(fused.shape) == 2 else fused.transpose(2, 0, 1)
 
 
-def vocabulary(config: DecoderConfig, embed: Source, unembed: Source | None) -> Weights:
-    """The embedding [V, D] and the unembedding [D, V], which is all there is if they are tied."""
+def vocabulary(config: DecoderConfig, checkpoint: Mapping[str, Source], embed: str, unembed: str) -> Weights:
+    """The embedding [V, D] and the unembedding [D, V], from the tensors of these names.
+
+    If they are tied, the unembedding is all there is, from whichever is stored. Raises ValueError where both are, and
+    differ: they are not tied then, whatever the config says.
+    """
+    if config.tied_embeddings:
+        name = unembed if unembed in checkpoint and embed not in checkpoint else embed
+        if name == embed and unembed in checkpoint and not same(checkpoint[embed], checkpoint[unembed]):
+            raise ValueError(
+                f"tie_word_embeddings is true, but {unembed} is stored and differs from {embed}: transformers does not "
+                "tie them then; set it to false, in config.json or by hf_overrides"
+            )
+        yield "unembedding.weight", _of_vocabulary(config, checkpoint[name]).transpose(1, 0)
+        return
+    yield "embedding.weight", _of_vocabulary(config, checkpoint[embed])
+    yield "unembedding.weight", checkpoint[unembed].transpose(1, 0)
+
+
+def _of_vocabulary(config: DecoderConfig, embed: Source) -> Source:
     if embed.shape[0] != config.vocab_size:
         raise ValueError(f"the embedding has {embed.shape[0]} rows, vocab_size is {config.vocab_size}")
-    if unembed is not None:
-        yield "embedding.weight", embed
-    yield "unembedding.weight", (unembed or embed).transpose(1, 0)
+    return embed

@@ -14,12 +14,14 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
 def config(hf: h.HFConfig) -> DecoderConfig:
     windowed = hf.model_type in ("mistral", "qwen2")
-    qkv_bias = True if hf.model_type == "qwen2" else bool(getattr(hf, "attention_bias", False))
+    is_llama = hf.model_type == "llama"  # the one that reads attention_bias and mlp_bias
+    out_bias = is_llama and bool(hf.attention_bias)
     return llama_config(
         hf,
         layers=h.window_layers(hf) if windowed else (LayerConfig(),) * hf.num_hidden_layers,
-        qkv_bias=qkv_bias,
-        out_bias=hf.model_type != "qwen2" and qkv_bias,
+        qkv_bias=hf.model_type == "qwen2" or out_bias,
+        out_bias=out_bias,
+        mlp_bias=is_llama and bool(hf.mlp_bias),
     )
 
 
@@ -38,7 +40,6 @@ def llama_config(hf: h.HFConfig, **options: Any) -> DecoderConfig:
         "norm": NormConfig("rms", hf.rms_norm_eps),
         "ropes": ropes,
         "activation": h.activation(getattr(hf, "hidden_activation", None) or hf.hidden_act),
-        "mlp_bias": bool(getattr(hf, "mlp_bias", False)),
         "tied_embeddings": bool(hf.tie_word_embeddings),
         "eos_token_ids": h.eos_token_ids(hf),
     }
@@ -47,8 +48,7 @@ def llama_config(hf: h.HFConfig, **options: Any) -> DecoderConfig:
 
 def weights(config: DecoderConfig, checkpoint: Mapping[str, Source]) -> h.Weights:
     """Everything that the config asks for, under Llama's names."""
-    unembed = None if config.tied_embeddings else checkpoint["lm_head.weight"]
-    yield from h.vocabulary(config, checkpoint["model.embed_tokens.weight"], unembed)
+    yield from h.vocabulary(config, checkpoint, "model.embed_tokens.weight", "lm_head.weight")
     yield "final_norm.weight", checkpoint["model.norm.weight"]
     for i in range(config.num_layers):
         theirs, ours = f"model.layers.{i}.", f"layers.{i}."

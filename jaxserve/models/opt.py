@@ -42,8 +42,7 @@ def config(hf: h.HFConfig) -> DecoderConfig:
 
 def weights(config: DecoderConfig, checkpoint: Mapping[str, Source]) -> h.Weights:
     root = "model.decoder."
-    unembed = None if config.tied_embeddings else checkpoint["lm_head.weight"]
-    yield from h.vocabulary(config, checkpoint[root + "embed_tokens.weight"], unembed)
+    yield from h.vocabulary(config, checkpoint, root + "embed_tokens.weight", "lm_head.weight")
     yield "position_embedding.weight", checkpoint[root + "embed_positions.weight"]
     if config.embed_dim is not None:
         yield "project_in.weight", checkpoint[root + "project_in.weight"].transpose(1, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from jaxserve.models import hf as h
-from jaxserve.models.config import DecoderConfig
+from jaxserve.models.config import DecoderConfig, LayerConfig
 from jaxserve.models.llama import llama_config
 from jaxserve.models.llama import weights as llama_weights
 from jaxserve.weights.source import Source
@@ -14,7 +14,9 @@ ARCHITECTURES = ("Phi3ForCausalLM",)
 
 
 def config(hf: h.HFConfig) -> DecoderConfig:
-    return llama_config(hf, layers=h.window_layers(hf))
+    # Whatever layer_types says, all layers have the one window.
+    layers = (LayerConfig(window=hf.sliding_window),) * hf.num_hidden_layers
+    return llama_config(hf, layers=layers, ropes=(h.rope(hf, h.head_dim(hf), partial=True),))
 
 
 def weights(config: DecoderConfig, checkpoint: Mapping[str, Source]) -> h.Weights:

@@ -45,5 +45,7 @@ def load_hf_config(directory: Path, overrides: dict[str, Any] | None = None) -> 
 
 
 def decoder_config(hf: Any) -> DecoderConfig:
-    """DecoderConfig of a transformers config."""
+    """DecoderConfig of a transformers config. Raises ValueError for what is not supported."""
+    if not getattr(hf, "is_causal", True):
+        raise ValueError(f"is_causal={hf.is_causal} is not supported: this engine decodes causally")
     return family_of(hf.architectures).config(hf)

@@ -19,6 +19,8 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
+SINGLE_FILE = "model.safetensors"
+
 
 class Checkpoint(Mapping[str, Source]):
     """Tensors by name, over one ``model.safetensors`` or the files that an index names.
@@ -62,10 +64,13 @@ class Checkpoint(Mapping[str, Source]):
 
 
 def weight_names(directory: Path) -> list[str]:
-    """The safetensors files of a checkpoint, which need not be there yet."""
+    """The safetensors files of a checkpoint, which need not be there yet.
+
+    Where there is the one file and an index too, the file counts, as in transformers.
+    """
     index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        return ["model.safetensors"]
+    if (directory / SINGLE_FILE).exists() or not index.exists():
+        return [SINGLE_FILE]
     return sorted(set(json.loads(index.read_text())["weight_map"].values()))
 
 
@@ -73,6 +78,12 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, checked to be there."""
     names = weight_names(directory)
     missing = [name for name in names if not (directory / name).exists()]
+    pickled = sorted(path.name for path in directory.glob("pytorch_model*.bin"))
+    if missing and pickled:
+        raise FileNotFoundError(
+            f"{directory}: {missing[0]} is missing, and {pickled[0]} is not read, only safetensors files are: load it "
+            "with transformers, whose save_pretrained writes them"
+        )
     if missing:
         raise FileNotFoundError(
             f"{directory}: {missing[0]} is missing; a checkpoint holds model.safetensors, or "

@@ -17,6 +17,9 @@ import numpy as np
 Box = tuple[slice, ...]
 """One slice per axis, with explicit start and stop, step 1."""
 
+COMPARED_ENTRIES = 4 << 20
+"""Of each of two tensors, in memory at a time while they are compared."""
+
 
 class Source(ABC):
     """A read-only tensor that is not in memory."""
@@ -25,7 +28,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, box: Box) -> np.ndarray:
-        """The values in ``box``; a copy or a view, in the stored dtype."""
+        """The values in ``box``; a copy or a view, in the stored dtype, or float32 where several meet."""
 
     def read_all(self) -> np.ndarray:
         return self.read(tuple(slice(0, n) for n in self.shape))
@@ -62,6 +65,23 @@ def concat(sources: Sequence[Source], axis: int) -> Source:
 
 def stack(sources: Sequence[Source], axis: int) -> Source:
     return concat([s.split(axis, (1, s.shape[axis])) for s in sources], axis)
+
+
+def same(left: Source, right: Source) -> bool:
+    """Whether two tensors hold the same float32 values. Some rows are read at a time, up to the first that differ."""
+    if left.shape != right.shape:
+        return False
+    rows, *rest = left.shape
+    step = max(1, COMPARED_ENTRIES // max(1, math.prod(rest)))
+    boxes = ((slice(i, min(i + step, rows)), *(slice(0, n) for n in rest)) for i in range(0, rows, step))
+    return all(np.array_equal(left.read(b).astype(np.float32), right.read(b).astype(np.float32)) for b in boxes)
+
+
+def _join(pieces: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """Concatenated; as float32 where their dtypes differ: float16 and bfloat16 have no other in common."""
+    if len({piece.dtype for piece in pieces}) > 1:
+        pieces = [piece.astype(np.float32) for piece in pieces]
+    return np.concatenate(pieces, axis)
 
 
 def _replace(box: Box, axis: int, new: slice) -> Box:
@@ -121,7 +141,7 @@ class Merged(Source):
 
     def read(self, box: Box) -> np.ndarray:
         pieces = [self._read_rows(box, *piece) for piece in self._pieces(box[self.axis])]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
+        return pieces[0] if len(pieces) == 1 else _join(pieces, self.axis)
 
     def _pieces(self, wanted: slice) -> list[tuple[slice, slice]]:
         """(rows, part of each) that together are ``wanted``: the end of a row, whole rows, the beginning of a row."""
@@ -205,4 +225,4 @@ class Concatenated(Source):
             start += size
         if not pieces:
             return self.parts[0].read(_replace(box, self.axis, slice(0, 0)))
-        return np.concatenate(pieces, axis=self.axis)
+        return _join(pieces, self.axis)

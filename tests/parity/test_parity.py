@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxserve import LLM, SamplingParams
+from jaxserve.hf_library import transformers_class
+from jaxserve.layers.rope import frequencies
+from jaxserve.models import hf
 from jaxserve.outputs import RequestOutput
 
 FIXTURES = Path(__file__).parent / "fixtures"
+FREQUENCIES: list[dict[str, Any]] = json.loads((FIXTURES / "rope_frequencies.json").read_text())
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
 TOLERANCE = 2e-4
 """Of log-probabilities; a mistake in a model moves them by a hundred times this."""
 
 
 def test_there_are_cases() -> None:
-    assert len(CASES) >= 39
+    assert len(CASES) >= 40
+
+
+@pytest.mark.parametrize(
+    "entry", FREQUENCIES, ids=lambda e: f"{e['config']['rope_parameters']['rope_type']}-{e['length']}"
+)
+def test_same_frequencies_as_transformers(entry: dict[str, Any]) -> None:
+    """Positions multiply what they are off by. Computed on the device (a dynamic rope in a long sequence), a power is
+    off by a last bit; otherwise only small ones are."""
+    config = transformers_class("AutoConfig").for_model("llama", **entry["config"])
+    rope = hf.rope(config, hf.head_dim(config))
+    length = jnp.full((1, 1), entry["length"], jnp.int32)
+    ours = jax.jit(lambda length: frequencies(rope, length))(length)[0, 0]
+    on_device = rope.kind == "dynamic" and entry["length"] > rope.original_max_position
+    np.testing.assert_allclose(ours, np.float32(entry["frequencies"]), rtol=0, atol=2e-7 if on_device else 4e-9)
 
 
 @pytest.mark.parametrize("case", CASES)
