@@ -106,8 +106,8 @@ def attend(
     for cut, work in zip(paged.cuts(tiling or tiling_for(num_heads), shape), plan.works, strict=True):
         tile = cut.tile or tile_for(num_heads, cut.tokens, dtype, cache.dtype)
         width = plan.tables.shape[1]
-        static = Static(cut, tile, shape, scoring, 1, num_heads, width, dtype, aliased=outputs is not None)
-        outputs = paged.attend_work(operands, plan, work, outputs, static, interpret, _attend_item)
+        static = Static(cut, tile, shape, scoring, 1, num_heads, width, dtype, outputs is not None, interpret)
+        outputs = paged.attend_work(operands, plan, work, outputs, static, _attend_item)
     assert outputs is not None
     attended = plan.attended[:, None]
     out, lse = outputs[0].reshape(-1, num_heads, latent_dim), outputs[1].reshape(-1, num_heads)

@@ -41,8 +41,6 @@ LOG2_E = math.log2(math.e)
 """Softmax is computed in powers of two, which the hardware has."""
 LEAST = 16
 """Rows, columns and depth of the smallest product on tensor cores."""
-WARP = 32
-"""Threads."""
 SHARED_KIB = 129
 """Shared memory of the largest program, as compiled."""
 MERGE_ELEMENTS = 8192
@@ -130,14 +128,13 @@ def tile_for(
 
 def _exact_tile(heads: int, rows: int, width: int, as_it_is: bool) -> Tile:
     """For products of float32, of which no tensor core is exact enough: they are unrolled multiply-adds, and only small
-    tiles keep these in registers. A thread has 16 accumulators; of prompts, as many as ptxas (13.0, for A100 and H100)
-    keeps without spills: 8 of 128 columns, 32 of 256.
+    tiles keep these in registers. A thread has as many accumulators as ptxas (13.0, for A100 and H100) keeps without
+    spills: up to 16 where there are less than 4,096, and 8 of those; of prompts, 8 of 128 columns, 32 of 256.
     Loads are under way while a turn is computed where they are few and go into the product ``as_it_is``: else what was
     loaded ahead spills, up to 11 KB a thread. Programs without it use so few registers (66 instead of 255 in a decode
     with a bfloat16 cache) that others run meanwhile."""
     if rows * width <= 32 * 128:
-        num_warps = max(4, rows * width // (16 * WARP))
-        return Tile(heads, LEAST, num_warps, 2 if as_it_is and width <= 128 else 1)
+        return Tile(heads, LEAST, 4 if rows * width < 32 * 128 else 16, 2 if as_it_is and width <= 128 else 1)
     return Tile(heads, LEAST, 32 if width <= 128 else 16, 1)
 
 
@@ -337,6 +334,7 @@ class Static:
     """Of the products' operands."""
     aliased: bool
     """Whether it adds to outputs that another has begun."""
+    interpret: bool
 
     @property
     def rows(self) -> int:
@@ -370,8 +368,9 @@ def attend(
             plan.tables.shape[1],
             product_dtype(q.dtype, k_cache.dtype),
             outputs is not None,
+            interpret,
         )
-        outputs = attend_work((_rows(q), k_cache, v_cache), plan, work, outputs, static, interpret, _attend_item)
+        outputs = attend_work((_rows(q), k_cache, v_cache), plan, work, outputs, static, _attend_item)
     assert outputs is not None
     attended = plan.attended[:, None]
     out, lse = outputs[0].reshape(q.shape), outputs[1].reshape(q.shape[:-1])
@@ -395,7 +394,6 @@ def attend_work(
     work: Work,
     outputs: tuple[Array, Array] | None,
     static: Static,
-    interpret: bool,
     attend_item: AttendItem,
 ) -> tuple[Array, Array]:
     """Output [T*K*G, H] and log-sum-exp [T*K*G] of the rows of ``work``; the others are those of ``outputs``, or
@@ -415,13 +413,13 @@ def attend_work(
         grid=(pl.cdiv(static.group, static.tile.heads), static.kv_heads, work.items.row.shape[0]),
         out_shape=out_shape,
         input_output_aliases={} if outputs is None else {len(inputs): 0, len(inputs) + 1: 1},
-        interpret=interpret,
+        interpret=static.interpret,
         compiler_params=plt.CompilerParams(num_warps=static.tile.num_warps, num_stages=static.tile.num_stages),
         name="attend",
     )(*inputs, *(outputs or ()))
     if work.merges is None:
         return out, lse
-    return _merge((out, lse), (partials[0], partials[1]), work.merges, static, interpret)
+    return _merge((out, lse), (partials[0], partials[1]), work.merges, static)
 
 
 AttendItem = Callable[[Items, Array, Array, tuple[Any, Any], Static], None]
@@ -479,16 +477,31 @@ class Running(NamedTuple):
         return cls(maximum, jnp.zeros((num_rows,), jnp.float32), jnp.zeros((num_rows, width), jnp.float32))
 
 
-def weigh(products: Array, key: Array, rows: Rows, so_far: Running, static: Static) -> tuple[Array, Array, Array]:
+def weigh(
+    products: Array, key: Array, rows: Rows | None, so_far: Running, static: Static
+) -> tuple[Array, Array, Array]:
     """Of q.k [rows, keys] and the keys' places [keys]: the new maximum [rows], the weights relative to it [rows, keys],
-    and what becomes of older ones [rows]."""
-    sees = key[None, :] < rows.end[:, None]
-    if static.shape.window is not None:
-        sees &= key[None, :] >= rows.begin[:, None]
-    scores = jnp.where(sees, _scaled(products, static.scoring), -jnp.inf)
+    and what becomes of older ones [rows]. ``rows``: None = all see all."""
+    scores = _scaled(products, static.scoring)
+    if rows is not None:
+        sees = key[None, :] < rows.end[:, None]
+        if static.shape.window is not None:
+            sees &= key[None, :] >= rows.begin[:, None]
+        scores = jnp.where(sees, scores, -jnp.inf)
     maximum = jnp.maximum(so_far.maximum, jnp.max(scores, axis=1))
-    keep = jnp.exp2(so_far.maximum - maximum)
-    return maximum, jnp.exp2(scores - maximum[:, None]), keep
+    keep = _exp2(so_far.maximum - maximum, static.interpret)
+    return maximum, _exp2(scores - maximum[:, None], static.interpret), keep
+
+
+def _exp2(x: Array, interpret: bool) -> Array:
+    """Without what keeps results below 2**-126: three instructions more for each of them."""
+    if interpret:
+        return jnp.exp2(x)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    (y,) = plt.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;", args=[x], constraints="=r,r", pack=1, result_shape_dtypes=[shape]
+    )
+    return y
 
 
 def store_item(item: Items, kv: Array, rows: Rows, done: Running, outputs: tuple[Any, ...], static: Static) -> None:
@@ -513,21 +526,34 @@ def _attend_item(item: Items, kv: Array, first_head: Array, refs: tuple[Any, Any
     q = q.astype(static.dtype)
     width = column.shape[1]
 
-    def turn(i: Array, so_far: Running) -> Running:
+    def turn(i: Array, so_far: Running, whole: bool = False) -> Running:
+        """``whole``: every row sees all of the turn's keys, and nothing of them is masked."""
         key = item.low + i * static.tile.keys + jnp.arange(static.tile.keys, dtype=jnp.int32)
-        real = key < item.high
+        real = jnp.full(key.shape, True) if whole else key < item.high
         column, mask = columns(real, k_ref.shape[3])
         place = (*_place_of(key, real, item.sequence, tables, kv, static), column)
         k = _loaded(k_ref, place, mask, static.dtype)
-        maximum, weights, keep = weigh(_product(q, k.T), key, rows, so_far, static)
+        maximum, weights, keep = weigh(_product(q, k.T), key, None if whole else rows, so_far, static)
         # Masked to zero and not only weighted by it: what nobody wrote may be NaN.
         v = _loaded(v_ref, place, mask, static.dtype)
         values = so_far.values * keep[:, None] + _product(weights.astype(static.dtype), v)
         return Running(maximum, so_far.total * keep + jnp.sum(weights, axis=1), values)
 
     turns = pl.cdiv(item.high - item.low, static.tile.keys)
-    done = jax.lax.fori_loop(0, turns, turn, Running.start(static.rows, width))
+    done, first = Running.start(static.rows, width), 0
+    as_it_is = k_ref.dtype == static.dtype and k_ref.dtype.itemsize == 2  # with conversions the second loop spills
+    if static.cut.tokens >= LEAST and static.shape.window is None and as_it_is:
+        # Of prompts all turns but the last few. A few tokens have few turns, and between two loops nothing is loaded.
+        first = _whole_turns(item, rows, static)
+        done = jax.lax.fori_loop(0, first, partial(turn, whole=True), done)
+    done = jax.lax.fori_loop(first, turns, turn, done)
     store_item(item, kv, rows, done, outputs, static)
+
+
+def _whole_turns(item: Items, rows: Rows, static: Static) -> Array:
+    """Turns from the first on whose keys every row sees."""
+    seen = jnp.min(jnp.where(rows.mine, rows.end, item.high))
+    return jax.lax.div(jnp.maximum(seen - item.low, 0), static.tile.keys)
 
 
 def _place_of(key: Array, real: Array, sequence: Array, tables: Any, kv: Array, static: Static) -> tuple[Array, ...]:
@@ -582,7 +608,7 @@ def _nowhere_unless(mask: Array, row: Array, num_rows: int) -> Array:
 
 
 def _merge(
-    outputs: tuple[Array, Array], partials: tuple[Array, Array], merges: Merges, static: Static, interpret: bool
+    outputs: tuple[Array, Array], partials: tuple[Array, Array], merges: Merges, static: Static
 ) -> tuple[Array, Array]:
     """Fill the rows of the tiles that have several items."""
     heads = _power_of_2(static.group)
@@ -594,7 +620,7 @@ def _merge(
         grid=(pl.cdiv(heads * static.cut.tokens, rows), static.kv_heads, merges.row.shape[0]),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
         input_output_aliases={6: 0, 7: 1},
-        interpret=interpret,
+        interpret=static.interpret,
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=2),
         name="merge",
     )(*merges, *partials, *outputs)
