@@ -18,7 +18,7 @@ from itertools import batched, islice
 from numbers import Integral, Real
 from typing import Any
 
-from jaxserve.inputs import Prompt, read_prompt
+from jaxserve.inputs import Prompt, naming, read_prompt
 from jaxserve.outputs import FinishReason, Logprob, RequestOutput
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduler
@@ -242,14 +242,15 @@ def plan_searches(
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, Integral) or limit < 1):
         raise ValueError(f"concurrency_limit is {limit!r}; it must be an integer >= 1 or None (all prompts)")
     searches = []
-    for prompt in prompts:
-        request = read_prompt(prompt, tokenizer)
-        token_ids, longest = request["prompt_token_ids"], scheduler.config.max_model_len
-        outside = next((t for t in token_ids if not 0 <= t < vocab_size), None)
-        if outside is not None:
-            raise ValueError(f"prompt token id {outside} is outside of the vocabulary (0 to {vocab_size - 1})")
-        scheduler.check_fits(len(token_ids), params.max_tokens)
-        searches.append(BeamSearch(token_ids, params, eos_token_ids, longest, request.get("cache_salt")))
+    for i, prompt in enumerate(prompts):
+        with naming("prompts", i, len(prompts)):
+            request = read_prompt(prompt, tokenizer)
+            token_ids, longest = request["prompt_token_ids"], scheduler.config.max_model_len
+            outside = next((t for t in token_ids if not 0 <= t < vocab_size), None)
+            if outside is not None:
+                raise ValueError(f"prompt token id {outside} is outside of the vocabulary (0 to {vocab_size - 1})")
+            scheduler.check_fits(len(token_ids), params.max_tokens)
+            searches.append(BeamSearch(token_ids, params, eos_token_ids, longest, request.get("cache_salt")))
     batches = [list(batch) for batch in batched(searches, int(limit or len(searches) or 1))]
     for batch in batches:
         num_tokens = sum(len(s.prompt_token_ids) + s.num_rounds - 1 for s in batch)  # of a beam each, in the last round

@@ -380,6 +380,11 @@ def _limits(
     table = decoder.learned_positions - decoder.position_offset
     if decoder.learned_positions and longest > table:
         raise ValueError(f"max_model_len={longest}: this model's position table ends at {table}")
+    if longest > decoder.max_position:
+        raise ValueError(
+            f"max_model_len={longest}: this model's context ends at {decoder.max_position} tokens; "
+            'hf_overrides={"max_position_embeddings": N} moves its end, at your own risk'
+        )
     tokens = args.max_num_batched_tokens or (512 if platform == "cpu" else 2048)
     if not args.enable_chunked_prefill and args.max_num_batched_tokens is None:
         tokens = max(tokens, longest)
@@ -461,6 +466,7 @@ def _num_blocks(args: EngineArgs, runner: ModelRunner, limits: SchedulerConfig, 
     """KV blocks per replica, of layers that keep every token: as told, or what fits the memory, and never more than
     could be used."""
     if args.num_gpu_blocks_override is not None:
+        _check_host_memory(runner, replace(limits, num_blocks=args.num_gpu_blocks_override), platform)
         return args.num_gpu_blocks_override
     if args.kv_cache_memory_bytes is not None:
         available, source = args.kv_cache_memory_bytes, "kv_cache_memory_bytes"
@@ -483,12 +489,25 @@ def _num_blocks(args: EngineArgs, runner: ModelRunner, limits: SchedulerConfig, 
     return blocks_that_fit(runner, limits, available)
 
 
+def _check_host_memory(runner: ModelRunner, limits: SchedulerConfig, platform: str) -> None:
+    """ValueError if this machine has no memory for the KV blocks of simulated devices. A GPU's is not asked for: what a
+    step needs besides is known only to its compiled program."""
+    needed, free = kv_bytes(runner, limits) * len(runner.mesh.local_devices), psutil.virtual_memory().available
+    if platform == "cpu" and needed > free:
+        raise ValueError(
+            f"num_gpu_blocks_override={limits.num_blocks}: these KV blocks take {needed:,} bytes, and this machine has "
+            f"{free:,} free; leave it out for as many as fit"
+        )
+
+
 def blocks_that_fit(runner: ModelRunner, limits: SchedulerConfig, available: int) -> int:
     """KV blocks per replica in so many bytes on each device, no more than could be used."""
     useful = 1 + limits.max_num_seqs * limits.blocks_per_sequence
     sizes = range(useful + 1)
     most = bisect_right(sizes, available, lo=2, key=lambda n: kv_bytes(runner, replace(limits, num_blocks=n))) - 1
-    return most if _addressed(runner, replace(limits, num_blocks=most)) else (1 << 31) // _block_elements(runner)
+    if most < 2 or _addressed(runner, replace(limits, num_blocks=most)):
+        return most
+    return (1 << 31) // _block_elements(runner)
 
 
 def _addressed(runner: ModelRunner, limits: SchedulerConfig) -> bool:

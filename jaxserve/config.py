@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 GIB = 1 << 30
 
@@ -13,6 +15,51 @@ SWAP_CHUNK = 8
 
 PreemptionMode = Literal["auto", "swap", "recompute"]
 POLICIES = ("fcfs", "priority", "fair")
+TYPES_IN_WORDS: Mapping[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    Path: "a path",
+    NoneType: "None",
+    tuple[int, ...]: "a list of whole numbers",
+}
+
+
+def check_types(config: Any, what: str = "") -> None:
+    """ValueError for the first field of a dataclass whose value is not of the type that the field declares. A whole
+    number is a number too; True and False are none."""
+    for name, declared in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _is_of(value, declared):
+            raise ValueError(f"{what}{name}={value!r}: it is {_in_words(declared)}")
+
+
+def _is_of(value: Any, declared: Any) -> bool:
+    kind, arguments = get_origin(declared) or declared, get_args(declared)
+    if kind in (Union, UnionType):
+        return any(_is_of(value, argument) for argument in arguments)
+    if kind is Literal:
+        return isinstance(value, str) and value in arguments
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    if kind is tuple:  # JSON has lists
+        return isinstance(value, list | tuple) and all(_is_of(item, arguments[0]) for item in value)
+    if kind is Mapping:
+        return isinstance(value, Mapping) and all(
+            _is_of(key, arguments[0]) and _is_of(item, arguments[1]) for key, item in value.items()
+        )
+    return kind is Any or isinstance(value, kind)
+
+
+def _in_words(declared: Any) -> str:
+    kind, arguments = get_origin(declared) or declared, get_args(declared)
+    if kind in (Union, UnionType, Literal):
+        *most, last = [str(a) if kind is Literal else _in_words(a) for a in arguments]
+        return f"{', '.join(most)} or {last}"
+    if kind is Mapping:
+        return "a mapping whose keys are texts" + (f", to {arguments[1].__name__}" if arguments[1] is not Any else "")
+    return TYPES_IN_WORDS.get(declared) or f"a {kind.__name__}"
 
 
 @dataclass(frozen=True)
@@ -28,9 +75,10 @@ class TenantConfig:
     first among those that are level with it."""
 
     def __post_init__(self) -> None:
+        check_types(self, "tenant ")
         for name in ("weight", "max_tokens_per_second", "ttft_target"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
+            if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"tenant {name}={value!r}: it is a number above 0")
 
 
@@ -48,9 +96,10 @@ class FairnessConfig:
     """How far, in service per weight, a tenant may be ahead of another that waits before it is held back."""
 
     def __post_init__(self) -> None:
+        check_types(self, "fairness ")
         for name in ("prompt_token_weight", "output_token_weight", "slack"):
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and 0 < value < float("inf")):
+            if not 0 < value < float("inf"):
                 raise ValueError(f"fairness {name}={value!r}: it is a number above 0")
 
     @classmethod
@@ -60,13 +109,12 @@ class FairnessConfig:
             return value or cls()
         options = dict(_known_only("fairness", cls, value))
         tenants = options.pop("tenants", {})
-        return cls(
-            tenants={
+        if isinstance(tenants, Mapping):
+            tenants = {
                 name: t if isinstance(t, TenantConfig) else TenantConfig(**_known_only("tenant", TenantConfig, t))
                 for name, t in tenants.items()
-            },
-            **options,
-        )
+            }
+        return cls(tenants=tenants, **options)
 
 
 @dataclass(frozen=True)

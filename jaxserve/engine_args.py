@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from jaxserve.config import FairnessConfig, PreemptionMode
+from jaxserve.config import FairnessConfig, PreemptionMode, check_types
 from jaxserve.placement import check as check_placement
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -19,7 +19,7 @@ LOAD_FORMATS = ("auto", "safetensors", "orbax", "dummy")
 class EngineOptions(TypedDict, total=False):
     """Keyword arguments of ``LLM`` besides the model; ``EngineArgs`` documents them."""
 
-    tokenizer: str | None
+    tokenizer: str | Path | None
     revision: str | None
     trust_remote_code: bool
     hf_overrides: Mapping[str, Any] | None
@@ -77,7 +77,7 @@ class EngineArgs:
 
     model: str | Path
     """"demo", a local Hugging Face checkpoint directory, one that ``jaxserve convert`` wrote, or a hub name."""
-    tokenizer: str | None = None
+    tokenizer: str | Path | None = None
     """Directory or hub name of the tokenizer; None = the model's."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -176,9 +176,12 @@ class EngineArgs:
     enable_lora: bool = False
 
     def __post_init__(self) -> None:
+        self._refuse_unsupported()
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
+        check_types(self)
+        self._check_names()
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks_override"):
             _at_least_one(name, getattr(self, name))
         if self.num_gpu_blocks_override == 1:
@@ -187,6 +190,23 @@ class EngineArgs:
         _at_least_one("block_size", self.block_size)
         if self.swap_space is not None and not 0 <= self.swap_space < float("inf"):
             raise ValueError(f"swap_space={self.swap_space!r}: it is a number of GiB, 0 or more")
+        for name in ("decode_buckets", "token_buckets"):
+            if getattr(self, name) is not None and not getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r}: it has at least one number, or is None")
+        FairnessConfig.of(self.fairness)
+        check_placement(self.coordinator, self.num_processes, self.process_id)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: it is above 0 and at most 1")
+
+    def _check_names(self) -> None:
+        """Of the model, the mesh, files and addresses."""
+        if not str(self.model):
+            raise ValueError("model='': it is \"demo\", a checkpoint's directory, or a hub name")
+        # A MeshConfig is told by what only it has: the host half does not import ``sharding``.
+        if not isinstance(self.mesh, str | Path | None) and not hasattr(self.mesh, "sharding_rules"):
+            raise ValueError(
+                f'mesh={self.mesh!r}: it is a text like "dp=2,tp=2", the path of a TOML mesh file, or a MeshConfig'
+            )
         for name in ("record", "trace"):
             file = getattr(self, name)
             if file is not None and not Path(file).absolute().parent.is_dir():
@@ -198,10 +218,6 @@ class EngineArgs:
         endpoint = self.otlp_traces_endpoint
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             raise ValueError(f"otlp_traces_endpoint={endpoint!r}: it is a URL, like http://localhost:4318/v1/traces")
-        check_placement(self.coordinator, self.num_processes, self.process_id)
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: it is above 0 and at most 1")
-        self._refuse_unsupported()
 
     def _refuse_unsupported(self) -> None:
         """Arguments of capabilities that are not there yet: accepted only where they ask for nothing."""
@@ -243,6 +259,6 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: it is one of {', '.join(allowed)}")
 
 
-def _at_least_one(name: str, value: Any) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+def _at_least_one(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
         raise ValueError(f"{name}={value!r}: it is a whole number of at least 1")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import threading
 import weakref
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from inspect import GEN_CLOSED, getgeneratorstate
+from itertools import count
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,7 +20,18 @@ from jaxserve.build import build_engine, join
 from jaxserve.engine import Engine
 from jaxserve.engine_args import EngineArgs, EngineOptions
 from jaxserve.follower import Follower
-from jaxserve.inputs import Prompt, as_prompts, need_tokenizer, one_each, read_prompt, refuse
+from jaxserve.inputs import (
+    Prompt,
+    as_conversations,
+    as_prompts,
+    check_template_options,
+    naming,
+    need_tokenizer,
+    one_each,
+    read_conversation,
+    read_prompt,
+    refuse,
+)
 from jaxserve.layer_digest import LayerDigest, layer_digests
 from jaxserve.metrics import EngineMetrics
 from jaxserve.outputs import RequestOutput
@@ -40,7 +54,9 @@ class LLM:
     def __init__(self, model: str | Path, **options: Unpack[EngineOptions]) -> None:
         self.args = EngineArgs.of(model, **options)
         self.engine: Engine = open_engine(self.args)
-        self._next_id = 0
+        self._ids = count()
+        self._beginning = threading.Lock()  # of a call, so that two threads do not begin at once
+        self._latest: Callable[[], Generator[Any, None, None] | None] = lambda: None  # refers to its outputs, weakly
 
     def close(self) -> None:
         """Let the other processes of the job end, if there are any; nothing can be generated afterwards. Happens by
@@ -63,11 +79,12 @@ class LLM:
         sampling_params: one for all, or one each; None = ``SamplingParams()``. priority (lower goes first, under the
         priority policy) and tenant (whose service it is, under the fair policy): the same. Bad input raises
         ValueError before anything runs, QueueFullError where the queue has no room for all of it. Interrupted or
-        failed, nothing of the call stays behind in the engine.
+        failed, nothing of the call stays behind in the engine. One call at a time: RuntimeError while another thread's
+        runs or a stream is open (``AsyncLLM`` serves many callers at once).
         """
         refuse(lora_request=lora_request)
         calls = self._calls(prompts, sampling_params, priority, tenant, final_only=True)
-        finished = {o.request_id: o for o in self._run(calls, use_tqdm)}
+        finished = {o.request_id: o for o in self._start(calls, use_tqdm)}
         return [finished[request_id] for request_id in sorted(finished, key=int)]
 
     def stream(
@@ -77,10 +94,10 @@ class LLM:
     ) -> Generator[RequestOutput, None, None]:
         """Outputs as they come, step by step, of the kind that ``SamplingParams.output_kind`` asks for.
 
-        Leaving the loop early aborts what is unfinished. One call at a time: while a stream is open, another call
-        raises RuntimeError.
+        The call itself raises what ``generate`` raises, and queues the requests. Leaving the loop early aborts what is
+        unfinished. One call at a time: while a stream is open, another call raises RuntimeError.
         """
-        return self._run(self._calls(prompts, sampling_params, None, None, final_only=False), use_tqdm=False)
+        return self._start(self._calls(prompts, sampling_params, None, None, final_only=False), use_tqdm=False)
 
     def chat(
         self,
@@ -94,7 +111,9 @@ class LLM:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of {"role", "content"} messages) or a list of them."""
+        """Answer one conversation (a list of {"role", "content"} messages) or a list of them. Content is text, or a
+        list of {"type": "text", "text": ...} parts; ValueError for other parts, and for tools that the template
+        ignores."""
         refuse(lora_request=lora_request)
         prompts = self.chat_prompts(
             messages,
@@ -148,9 +167,12 @@ class LLM:
 
     def chat_prompts(self, messages: Any, **template_options: Any) -> list[list[int]]:
         """Token ids of conversations, through the checkpoint's chat template (or ``chat_template``)."""
-        tokenizer = self.get_tokenizer()
-        one = bool(messages) and isinstance(messages[0], Mapping)
-        return [apply_chat_template(tokenizer, m, **template_options) for m in ([messages] if one else messages)]
+        check_template_options(**template_options)
+        tokenizer, conversations, prompts = self.get_tokenizer(), as_conversations(messages), []
+        for i, conversation in enumerate(conversations):
+            with naming("messages", i, len(conversations)):
+                prompts.append(_chat_prompt(tokenizer, read_conversation(conversation), template_options))
+        return prompts
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer."""
@@ -198,29 +220,46 @@ class LLM:
             params = [replace_kind(p, RequestOutputKind.FINAL_ONLY) for p in params]
         priorities = one_each("priority", int, priority, 0, len(prompts))
         tenants = one_each("tenant", str, tenant, "", len(prompts))
-        ids = [str(self._next_id + i) for i in range(len(prompts))]
-        self._next_id += len(ids)
+        ids, read = [str(next(self._ids)) for _ in prompts], []
+        for i, (request_id, prompt) in enumerate(zip(ids, prompts, strict=True)):
+            with naming("prompts", i, len(prompts)):
+                read.append(self.engine.read_prompt(request_id, prompt))
         return [
-            {"request_id": i, **self.engine.read_prompt(i, prompt), "params": p, "priority": rank, "tenant": name}
-            for i, prompt, p, rank, name in zip(ids, prompts, params, priorities, tenants, strict=True)
+            {"request_id": i, **prompt, "params": p, "priority": rank, "tenant": name}
+            for i, prompt, p, rank, name in zip(ids, read, params, priorities, tenants, strict=True)
         ]
 
-    def _run(self, calls: list[dict[str, Any]], use_tqdm: bool) -> Generator[RequestOutput, None, None]:
-        if self.engine.has_unfinished:
-            raise RuntimeError("this LLM has a stream open: read it to its end or close() it first")
+    def _start(self, calls: list[dict[str, Any]], use_tqdm: bool) -> Generator[RequestOutput, None, None]:
+        """Queue the requests; their outputs as they come."""
+        outputs = self._run(calls, use_tqdm)
+        with self._beginning:
+            latest = self._latest()
+            if self.engine.has_unfinished or (latest is not None and getgeneratorstate(latest) != GEN_CLOSED):
+                raise RuntimeError(
+                    "this LLM is in another call, or has a stream open: let the one end, read the other to its end or "
+                    "close() it (AsyncLLM takes calls from several threads at once)"
+                )
+            self._latest = weakref.ref(outputs)
+        next(outputs)  # a generator that has begun cleans up when it is closed or forgotten, one that has not does not
+        return outputs
+
+    def _run(self, calls: list[dict[str, Any]], use_tqdm: bool) -> Generator[Any, None, None]:
+        """None once the requests are queued, and then outputs."""
         ids = [call["request_id"] for call in calls]
         try:
-            for call in calls:
-                self.engine.add_request(**call)
+            for i, call in enumerate(calls):
+                with naming("prompts", i, len(calls)):
+                    self.engine.add_request(**call)
+            yield None
             yield from self._drain(len(ids), use_tqdm)
         finally:
             for request_id in ids:
                 self.engine.abort(request_id)
 
-    def _drain(self, count: int, use_tqdm: bool) -> Generator[RequestOutput, None, None]:
+    def _drain(self, num_requests: int, use_tqdm: bool) -> Generator[RequestOutput, None, None]:
         """Step until nothing is left; the bar counts finished requests and shows tokens per second."""
         before = self.engine.metrics.snapshot()
-        with tqdm(total=count, desc="generating", unit="req", disable=not use_tqdm) as bar:
+        with tqdm(total=num_requests, desc="generating", unit="req", disable=not use_tqdm) as bar:
             while self.engine.has_unfinished:
                 for output in self.engine.step():
                     bar.update(output.finished)
@@ -242,6 +281,15 @@ def open_engine(args: EngineArgs) -> Engine:
         atexit.register(engine.journal.close)
     weakref.finalize(engine, engine.trace.close)  # with the engine, or at the end of the program
     return engine
+
+
+def _chat_prompt(tokenizer: Any, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> list[int]:
+    """Token ids of a conversation; ValueError for tools that the template leaves out."""
+    prompt = apply_chat_template(tokenizer, messages, **options)
+    without: dict[str, Any] = {**options, "tools": None}
+    if options.get("tools") and prompt == apply_chat_template(tokenizer, messages, **without):
+        raise ValueError("tools: this model's chat template takes no tools, the prompt is the same without them")
+    return prompt
 
 
 def replace_kind(params: SamplingParams, kind: RequestOutputKind) -> SamplingParams:

@@ -275,10 +275,10 @@ def _strings(name: str, values: object) -> tuple[str, ...]:
 
 
 def _token_id(name: str, value: object) -> int:
-    allowed = "token ids, integers >= 0"
+    allowed = "an integer >= 0"
     token_id = _int(f"a token id of {name}", value, allowed)
     if token_id < 0:
-        raise ValueError(f"{name} contains {token_id}; it must have {allowed}")
+        raise ValueError(f"a token id of {name} is {token_id}; it must be {allowed}")
     return token_id
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from tiny_models import PROMPT, Oracle, interrupted, one, run, tokens_of, with_blocks
 
 from jaxserve import LLM, SamplingParams
+from jaxserve.engine_args import EngineArgs
 from jaxserve.interrupts import Uninterrupted
 
 BAD_CALLS: dict[str, tuple[Any, Any, list[str]]] = {
@@ -32,6 +34,19 @@ BAD_CALLS: dict[str, tuple[Any, Any, list[str]]] = {
         SamplingParams(allowed_token_ids=[7], stop_token_ids=[7], min_tokens=2),
         ["allowed_token_ids", "min_tokens=2"],
     ),
+    "bytes": (b"Q: hi", None, ["b'Q: hi'", "text, token ids"]),
+    "bytes among others": ([PROMPT, b"Q: hi"], None, ["prompts[1]", "b'Q: hi'", "token ids"]),
+    "a set has no order": ({5, 6}, None, ["prompts {5, 6}"]),
+    "text for token ids": ({"prompt_token_ids": "Q: hi"}, None, ["prompt_token_ids 'Q: hi'", "list of token ids"]),
+    "token ids for text": ({"prompt": [1, 2]}, None, ["'prompt' [1, 2]", "prompt_token_ids"]),
+    "a prompt in a prompt": ({"prompt": {"prompt": "x"}}, None, ["'prompt' {'prompt': 'x'}", "text"]),
+    "a picture": ({"prompt": "a", "multi_modal_data": {"image": 1}}, None, ["'multi_modal_data' is not supported"]),
+    "no Unicode": ("ab\udcff", None, [r"'ab\udcff'", "no valid Unicode text", "character 3"]),
+    "which one is too long": ([PROMPT, [1] * 128], None, ["prompts[1]", "128"]),
+    "which one is no prompt": ([PROMPT, PROMPT, {"text": "a"}], None, ["prompts[2]", "'text'"]),
+    "a prompt of great length": ({"text": "a" * 10_000}, None, ["aaa...: it holds", "'text' is not supported"]),
+    "params as a dict": (PROMPT, {"temperature": 0}, ["sampling_params {'temperature': 0}", "SamplingParams"]),
+    "which params": ([PROMPT] * 2, [SamplingParams(), None], ["sampling_params[1] None", "SamplingParams"]),
 }
 
 
@@ -181,12 +196,111 @@ def test_unsupported_arguments_are_refused_by_name(tiny_model: Path, name: str) 
         ({"kv_cache_memory_bytes": 1000}, ["kv_cache_memory_bytes", "1,000"]),
         ({"num_gpu_blocks_override": 1}, ["num_gpu_blocks_override"]),
         ({"max_model_len": 8, "mesh": "tp=9"}, ["9", "8 query heads", "2 KV heads"]),
+        ({"seed": "a"}, ["seed='a'", "a whole number"]),
+        ({"seed": 1.5}, ["seed=1.5", "a whole number"]),
+        ({"seed": None}, ["seed=None", "a whole number"]),
+        ({"max_num_seqs": True}, ["max_num_seqs=True", "a whole number or None"]),
+        ({"tensor_parallel_size": "2"}, ["tensor_parallel_size='2'", "a whole number"]),
+        ({"async_scheduling": 1}, ["async_scheduling=1", "True or False"]),
+        ({"enable_prefix_caching": None}, ["enable_prefix_caching=None", "True or False"]),
+        ({"gpu_memory_utilization": "a"}, ["gpu_memory_utilization='a'", "a number"]),
+        ({"swap_space": "a"}, ["swap_space='a'", "a number or None"]),
+        ({"mesh": {"tp": 2}}, ["mesh={'tp': 2}", "dp=2,tp=2", "TOML", "MeshConfig"]),
+        ({"hf_overrides": 5}, ["hf_overrides=5", "a mapping whose keys are texts or None"]),
+        ({"hf_overrides": {1: 2}}, ["hf_overrides={1: 2}", "keys are texts"]),
+        ({"decode_buckets": (1, 2.5)}, ["decode_buckets=(1, 2.5)", "a list of whole numbers or None"]),
+        ({"token_buckets": ()}, ["token_buckets=()", "at least one number"]),
+        ({"fairness": {"tenants": 5}}, ["fairness tenants=5", "mapping", "TenantConfig"]),
+        ({"fairness": {"tenants": {"a": {"weight": True}}}}, ["tenant weight=True", "a number"]),
+        ({"trust_remote_code": 0}, ["trust_remote_code=0", "True or False"]),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
 def test_wrong_arguments_are_refused_by_name(tiny_model: Path, options: dict[str, Any], words: list[str]) -> None:
     with pytest.raises((ValueError, TypeError)) as error:
         LLM(tiny_model, use_tqdm_on_load=False, **options)
+    assert_one_line(error.value, *words)
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(EngineArgs)])
+def test_no_argument_takes_just_anything(field: str) -> None:
+    value = object()
+    options: dict[str, Any] = {"model": "demo", field: value}
+    with pytest.raises((ValueError, NotImplementedError)) as error:
+        EngineArgs(**options)
+    assert_one_line(error.value, f"{field}={value!r}")
+
+
+@pytest.mark.parametrize("model", [None, "", 5])
+def test_what_is_no_name_of_a_model(model: Any) -> None:
+    with pytest.raises(ValueError) as error:
+        LLM(model)
+    assert_one_line(error.value, f"model={model!r}")
+
+
+def test_numbers_and_lists_of_either_kind_are_taken() -> None:
+    EngineArgs(model=Path("demo"), tokenizer=Path("demo"), swap_space=1, gpu_memory_utilization=1)
+    EngineArgs(model="demo", decode_buckets=[1, 2])  # pyright: ignore[reportArgumentType]
+
+
+def test_keys_that_say_nothing_are_ignored(tiny_llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=4)
+    prompt = {"prompt_token_ids": PROMPT, "multi_modal_data": None, "cache_salt": None}
+    assert tokens_of(run(tiny_llm, [prompt], params)) == tokens_of(run(tiny_llm, [PROMPT], params))
+
+
+# -- conversations -----------------------------------------------------------------------------------------------------
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+WITH_TOOLS = TEMPLATE + "{% if tools %}{{ tools | length }} tools{% endif %}"
+USER = {"role": "user", "content": "hi"}
+PICTURE = {"type": "image_url", "image_url": {"url": "x"}}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+def test_parts_of_text_are_joined(tiny_llm: LLM) -> None:
+    parts = [{"type": "text", "text": "hi"}, {"type": "text", "text": "you"}]
+    prompts = tiny_llm.chat_prompts([[{"role": "user", "content": parts}], [USER]], chat_template=TEMPLATE)
+    decode = tiny_llm.get_tokenizer().decode
+    assert [decode(prompt) for prompt in prompts] == ["user:hi\nyou;", "user:hi;"]
+
+
+def test_tools_are_for_templates_that_take_them(tiny_llm: LLM) -> None:
+    (prompt,) = tiny_llm.chat_prompts([USER], chat_template=WITH_TOOLS, tools=TOOLS)
+    assert tiny_llm.get_tokenizer().decode(prompt) == "user:hi;1 tools"
+    with pytest.raises(ValueError, match="takes no tools"):
+        tiny_llm.chat_prompts([USER], chat_template=TEMPLATE, tools=TOOLS)
+    assert tiny_llm.chat_prompts([USER], chat_template=TEMPLATE, tools=[])
+
+
+MESSAGES = 'a list of {"role": ..., "content": ...}'
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "words"),
+    [
+        ("hello", {}, ["messages 'hello'", MESSAGES]),
+        (USER, {}, ["messages {'role': 'user', 'content': 'hi'}", MESSAGES]),
+        (5, {}, ["messages 5", MESSAGES]),
+        ([[]], {}, ["messages []", MESSAGES]),
+        (["hello"], {}, ["messages 'hello'", MESSAGES]),
+        ([USER, "hello"], {}, ["message 'hello'", MESSAGES]),
+        ([{"content": "hi"}], {}, ["message {'content': 'hi'}", MESSAGES]),
+        ([{"role": "user"}], {}, ["message {'role': 'user'}", "content is a text, or a list"]),
+        ([[USER], [{"role": "user", "content": 5}]], {}, ["messages[1]", "content is a text, or a list"]),
+        ([USER | {"content": [PICTURE]}], {}, ["'image_url' is not supported", '{"type": "text"']),
+        ([USER | {"content": ["hi"]}], {}, ["content part 'hi'", '{"type": "text"']),
+        ([USER | {"content": [{"type": "text", "text": 5}]}], {}, ["'text': 5", '{"type": "text"']),
+        ([USER | {"content": "\udcff"}], {}, ["content", "no valid Unicode text"]),
+        ([USER], {"chat_template": 5}, ["chat_template=5", "Jinja template, or None"]),
+        ([USER], {"chat_template": "file.jinja"}, ["chat_template='file.jinja'", "Jinja template, or None"]),
+        ([USER], {"add_generation_prompt": 1}, ["add_generation_prompt=1", "True or False"]),
+        ([USER], {"tools": 5}, ["tools=5", "list of mappings"]),
+    ],
+)
+def test_what_is_no_conversation(tiny_llm: LLM, messages: Any, options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        tiny_llm.chat_prompts(messages, **{"chat_template": TEMPLATE} | options)
     assert_one_line(error.value, *words)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import jax
@@ -336,6 +337,41 @@ def test_leaving_a_stream_early_aborts_it(tiny_llm: LLM) -> None:
     stream.close()
     assert not tiny_llm.engine.has_unfinished and not tiny_llm.engine.scheduler.has_unfinished
     tiny_llm.engine.scheduler.check_integrity()
+
+
+def test_a_stream_begins_with_its_call(tiny_llm: LLM) -> None:
+    """What is wrong is said at once; what nobody reads is aborted when it is closed or forgotten."""
+    with pytest.raises(ValueError, match="99999"):
+        tiny_llm.stream([[99999]])
+    for end in (lambda stream: stream.close(), lambda stream: None):
+        stream = tiny_llm.stream([PROMPT], SamplingParams(max_tokens=50))
+        assert tiny_llm.engine.has_unfinished
+        end(stream)
+        del stream
+        assert not tiny_llm.engine.has_unfinished
+
+
+def test_a_call_from_another_thread_is_refused(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even before the first one has a request in the engine."""
+    params = SamplingParams(temperature=0, max_tokens=4)
+    expected = tokens_of(run(tiny_llm, [PROMPT], params))
+    refused: list[str] = []
+
+    def call() -> None:
+        with pytest.raises(RuntimeError) as error:
+            tiny_llm.generate([[9]], params, use_tqdm=False)
+        refused.append(str(error.value))
+
+    def add_request(*arguments: Any, **request: Any) -> None:
+        monkeypatch.undo()
+        other = Thread(target=call)
+        other.start()
+        other.join()
+        tiny_llm.engine.add_request(*arguments, **request)
+
+    monkeypatch.setattr(tiny_llm.engine, "add_request", add_request)
+    assert tokens_of(run(tiny_llm, [PROMPT], params)) == expected
+    assert len(refused) == 1 and "in another call" in refused[0] and "AsyncLLM" in refused[0]
 
 
 def test_one_call_at_a_time(tiny_llm: LLM) -> None:

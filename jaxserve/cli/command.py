@@ -72,11 +72,18 @@ def run(app: typer.Typer) -> NoReturn:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
-        typer.echo(f"error: {error.format_message()}{hint}", err=True)
+        typer.echo(f"error: {error.format_message()}{_typed(error)}{hint}", err=True)
         sys.exit(2)
     except typer.Abort:
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _typed(error: Exception) -> str:
+    """What was typed instead of the value that an option takes: typer's message leaves it out, but its cause, an error
+    of pydantic's, has it."""
+    wrong = getattr(error.__cause__, "errors", list)()
+    return f", got {str(wrong[0]['input'])!r}" if wrong else ""
 
 
 def run_script(function: Callable[..., None]) -> NoReturn:
@@ -113,6 +120,21 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_text(file: str | Path | None) -> str:
+    """What is in a file, or on stdin (None); ValueError with its name and the line if it is no UTF-8."""
+    name = "stdin" if file is None else str(file)
+    try:
+        return sys.stdin.read() if file is None else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise no_text(f"{name}, line {line}", error) from None
+
+
+def no_text(where: str, error: UnicodeDecodeError) -> ValueError:
+    """The error for bytes that are no UTF-8."""
+    return ValueError(f"{where}: no UTF-8 text (byte {error.object[error.start]:#x})")
 
 
 def _is_bug(error: Exception) -> bool:

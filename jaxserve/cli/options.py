@@ -220,12 +220,40 @@ class SamplingFlags:
         float, _sampling("--repetition-penalty", help="Against tokens of prompt and output; 1 = off.")
     ] = 1.0
     stop: Annotated[list[str] | None, _sampling("--stop", help="Ends the text; may be repeated.")] = None
+    stop_token_ids: Annotated[
+        list[int] | None, _sampling("--stop-token-id", help="Ends the output; may be repeated.")
+    ] = None
+    include_stop_str_in_output: Annotated[
+        bool, _sampling("--include-stop-str-in-output", help="The text ends after the stop string, not before it.")
+    ] = False
     ignore_eos: Annotated[bool, _sampling("--ignore-eos", help="Go on after the end token.")] = False
+    min_tokens: Annotated[int, _sampling("--min-tokens", help="Tokens before anything may end the output.")] = 0
+    bad_words: Annotated[list[str] | None, _sampling("--bad-word", help="Is never generated; may be repeated.")] = None
+    allowed_token_ids: Annotated[
+        list[int] | None, _sampling("--allowed-token-id", help="Only these are generated; may be repeated.")
+    ] = None
+    logit_bias: Annotated[
+        str | None, _sampling("--logit-bias", metavar="JSON", help='Added to logits, by token id: {"17": -2.5}.')
+    ] = None
+    request_seed: Annotated[
+        int | None, _sampling("--request-seed", help="Of every request, whatever its number. Default: from --seed.")
+    ] = None
+    no_skip_special_tokens: Annotated[
+        bool, _sampling("--no-skip-special-tokens", help="Special tokens stay in the text.")
+    ] = False
+    no_spaces_between_special_tokens: Annotated[
+        bool, _sampling("--no-spaces-between-special-tokens", help="None where the tokenizer would put them.")
+    ] = False
 
     def sampling_params(self, **more: Any) -> SamplingParams:
         from jaxserve.sampling_params import SamplingParams
 
-        return SamplingParams(**asdict(self), **more)
+        options = asdict(self)
+        options["seed"] = options.pop("request_seed")
+        options["logit_bias"] = _json_object("--logit-bias", self.logit_bias)
+        for name in ("skip_special_tokens", "spaces_between_special_tokens"):
+            options[name] = not options.pop(f"no_{name}")
+        return SamplingParams(**options, **more)
 
 
 def _json_object(name: str, text: str | None) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxserve.cli.command import epilog
+from jaxserve.cli.command import epilog, no_text, read_text
 from jaxserve.cli.options import EngineFlags, Json, SamplingFlags
 from jaxserve.cli.output import print_json, watched
 
@@ -45,7 +45,7 @@ def chat(
     In the conversation: /reset, /system TEXT, /help, /exit. Ctrl-C stops an answer, Ctrl-D leaves.
     """
     params = sampling.sampling_params()
-    template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
+    template = None if chat_template is None else read_text(chat_template)
     from jaxserve.llm import LLM
     from jaxserve.sampling_params import RequestOutputKind
 
@@ -113,7 +113,7 @@ class Conversation:
 
 def _answer_lines(conversation: Conversation, as_json: bool) -> None:
     """Every line of stdin is a question; answers go to stdout, one after the other."""
-    for line in filter(None, map(str.strip, sys.stdin)):
+    for line in filter(None, map(str.strip, _lines_of_stdin())):
         if line.startswith("/"):
             if _obey(line, conversation):
                 return
@@ -135,6 +135,13 @@ def _answer_lines(conversation: Conversation, as_json: bool) -> None:
             )
         else:
             print(flush=True)
+
+
+def _lines_of_stdin() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise no_text("stdin", error) from None
 
 
 def _talk(conversation: Conversation) -> None:

@@ -6,12 +6,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxserve.cli.command import epilog
+from jaxserve.cli.command import epilog, read_text
 from jaxserve.cli.options import EngineFlags, Json, SamplingFlags
 from jaxserve.cli.output import count_text, print_json, seconds_text, watched
 
@@ -37,13 +36,15 @@ def generate(
     ] = None,
     n: Annotated[int, typer.Option("-n", help="Completions per prompt.")] = 1,
     logprobs: Annotated[int | None, typer.Option(help="Report log-probabilities of this many likely tokens.")] = None,
+    prompt_logprobs: Annotated[int | None, typer.Option(help="The same for the tokens of the prompt.")] = None,
     as_json: Json = False,
 ) -> None:
     """Complete prompts: from arguments, a file, or stdin."""
     wanted = [] if engine.follows else read_prompts(prompts or [], prompts_file)
     if engine.skip_tokenizer_init and any(isinstance(p, str) or "prompt" in p for p in wanted):
         raise ValueError('--skip-tokenizer-init: prompts are token ids then, given as JSONL {"prompt_token_ids": [1]}')
-    params = sampling.sampling_params(n=n, logprobs=logprobs, detokenize=not engine.skip_tokenizer_init)
+    likely = {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+    params = sampling.sampling_params(n=n, **likely, detokenize=not engine.skip_tokenizer_init)
     from jaxserve.llm import LLM
 
     llm = LLM(**engine.engine_options(), use_tqdm_on_load=watched())
@@ -66,8 +67,8 @@ def read_prompts(arguments: Sequence[str], file: str | None) -> list[Any]:
         return list(arguments)
     if file is None and sys.stdin.isatty():
         raise ValueError("no prompt: give one as an argument, in --prompts-file, or on stdin")
-    name = "stdin" if file in (None, "-") else file
-    text = sys.stdin.read() if file in (None, "-") else Path(file).read_text(encoding="utf-8")
+    file = None if file == "-" else file
+    name, text = file or "stdin", read_text(file)
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{name}: no prompts")
@@ -104,6 +105,9 @@ def _print_output(output: RequestOutput, number: str, as_text: bool) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(f"━━ prompt {number}", style="bold"))
     console.print(Text(str(output.prompt_token_ids) if output.prompt is None else output.prompt, style="dim"))
+    for token, entry in zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False):
+        if entry is not None:  # the first token follows nothing
+            console.print(Text("   " + _logprob_line(token, entry), style="dim"))
     for completion in output.outputs:
         which = f" {completion.index + 1}/{len(output.outputs)}" if len(output.outputs) > 1 else ""
         ending = f" ({_ending(completion)}, {len(completion.token_ids)} tokens)"

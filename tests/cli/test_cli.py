@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,11 @@ def test_without_a_command_it_helps(arguments: list[str], run: Run) -> None:
         (["generate", "--load-format", "zip", "x"], "load_format='zip'"),
         (["chat", "--chat-template", "missing.jinja"], "missing.jinja: No such file or directory"),
         (["bench", "throughput", "--input-len", "9-3"], "--input-len '9-3'"),
+        (["generate", "--logit-bias", "[1]", "x"], "--logit-bias '[1]': it is a JSON object"),
+        (["generate", "--temperature", "abc", "x"], "unable to parse string as a number, got 'abc' (see "),
+        (["generate", "--num-gpu-blocks-override", "1", "x"], "num_gpu_blocks_override=1"),
         (["bench", "throughput", "--num-prompts", "0"], "--num-prompts"),
+        (["bench", "throughput", "--num-prompts", "0"], "greater than or equal to 1, got '0' (see "),
         (["bench", "latency", "--output-len", "100000"], "the longest sequence is 128 tokens"),
     ],
 )
@@ -91,6 +96,29 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: st
 def test_a_bad_line_of_jsonl_is_named(line: str, message: str, run: Run) -> None:
     result = run("generate", stdin='{"prompt": "a"}\n' + line)
     assert (result.code, message in result.err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "stdin", "template.jinja", "lines"])
+def test_what_is_no_utf8_is_named(
+    name: str,
+    made: list[dict[str, Any]],
+    template: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(b"fine\nnot \xe9\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes()), encoding="utf-8"))
+    arguments, message = {
+        "prompts.txt": (["generate", "--prompts-file", file], f"{file}, line 2: no UTF-8 text (byte 0xe9)"),
+        "stdin": (["generate"], "stdin, line 2: no UTF-8 text (byte 0xe9)"),
+        "template.jinja": (["chat", "--chat-template", file], f"{file}, line 2: no UTF-8 text (byte 0xe9)"),
+        "lines": (["chat", "--chat-template", template], "stdin: no UTF-8 text (byte 0xe9)"),
+    }[name]
+    with pytest.raises(SystemExit):
+        main_with(monkeypatch, *map(str, arguments))
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers(run: Run, tiny_model: Path) -> None:
@@ -183,6 +211,10 @@ def _typed(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
+NO_FLAGS = ("detokenize", "output_kind", "structured_outputs", "extra_args")
+"""Sampling parameters that a command sets itself, and those that are not supported."""
+
+
 def test_sampling_flags_reach_the_request(
     run: Run, made: list[dict[str, Any]], tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +222,9 @@ def test_sampling_flags_reach_the_request(
     monkeypatch.setattr(tiny_llm, "generate", lambda prompts, params, **_: seen.append(params) or [])
     flags = "--max-tokens 9 --temperature 0.5 --top-p 0.9 --top-k 3 --min-p 0.1 --presence-penalty 1 -n 2 --logprobs 3"
     flags += " --frequency-penalty 0.25 --repetition-penalty 1.5 --stop a --stop b --ignore-eos"
+    flags += " --min-tokens 2 --stop-token-id 4 --stop-token-id 5 --bad-word c --bad-word d --allowed-token-id 6"
+    flags += ' --allowed-token-id 7 --logit-bias {"6":-2.5} --request-seed 8 --prompt-logprobs 1'
+    flags += " --include-stop-str-in-output --no-skip-special-tokens --no-spaces-between-special-tokens"
     assert run("generate", "hello", *flags.split()).code == 0
     assert run("generate", "hello").code == 0
     assert seen[0] == SamplingParams(
@@ -205,7 +240,20 @@ def test_sampling_flags_reach_the_request(
         ignore_eos=True,
         n=2,
         logprobs=3,
+        min_tokens=2,
+        stop_token_ids=[4, 5],
+        bad_words=["c", "d"],
+        allowed_token_ids=[6, 7],
+        logit_bias={6: -2.5},
+        seed=8,
+        prompt_logprobs=1,
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+        spaces_between_special_tokens=False,
     )
+    assert {f.name for f in fields(SamplingParams)} - set(NO_FLAGS) == {
+        name for name in SamplingParams.__slots__ if getattr(seen[0], name) != getattr(SamplingParams(), name)
+    }
     assert seen[1] == SamplingParams(max_tokens=64)
 
 
@@ -233,6 +281,14 @@ def test_generate_for_people(run: Run, made: list[dict[str, Any]]) -> None:
     assert "━━ prompt 2/2\n[bold]bad[/bold]\n━━ completion 1/2 (length, 4 tokens)\n" in result.out
     assert result.out.count("rank 1") == 16
     assert "2 requests" in result.err
+
+
+def test_log_probabilities_of_the_prompt_for_people(run: Run, made: list[dict[str, Any]], tiny_llm: LLM) -> None:
+    result = run("generate", "hello, world", *GREEDY, "--prompt-logprobs", "1")
+    prompt, _, completion = result.out.partition("━━ completion")
+    num_tokens = len(tiny_llm.get_tokenizer().encode("hello, world"))
+    assert result.code == 0 and num_tokens > 2
+    assert (prompt.count("  rank "), completion.count("  rank ")) == (num_tokens - 1, 0)
 
 
 @pytest.mark.parametrize("source", ["argument", "stdin", "file", "dash", "jsonl"])
