@@ -41,7 +41,7 @@ LOG2_E = math.log2(math.e)
 """Softmax is computed in powers of two, which the hardware has."""
 LEAST = 16
 """Rows, columns and depth of the smallest product on tensor cores."""
-SHARED_KIB = 129
+SHARED_KIB = 130
 """Shared memory of the largest program, as compiled."""
 MERGE_ELEMENTS = 8192
 """Of partial outputs that one turn of the merging kernel loads: 32 float32 registers in each thread of 8 warps."""
@@ -110,7 +110,7 @@ def tile_for(
     that by 8 warps: as many programs as a plan has leave an SM room for them, and in 4 a few cases spill.
     Keys: 64, as long as that keeps the loads under way within the shared memory of an A100 (163 KiB) for two programs
     of a decode or one of a prompt chunk. K and V of a turn are 32 KiB; with 5 stages a decode has 70 KiB in all, a
-    prompt chunk 129.
+    prompt chunk 130.
     """
     width, kv_dtype = padded(head_dim), kv_dtype or dtype
     exact = operand_dtype(jnp.dtype(dtype), jnp.dtype(kv_dtype)) == jnp.float32
