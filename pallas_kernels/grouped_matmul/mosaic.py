@@ -33,6 +33,8 @@ SWIZZLE = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
 SWIZZLED = plgpu.TilingTransform((PATTERN, STEP)), SWIZZLE  # pyright: ignore[reportAbstractUsage]
 """How wgmma wants 16-bit tiles to lie in shared memory. TMA makes such tiles of an array that it sees as [rows / 8, 8]:
 a load that begins inside of 8 rows gets zeros for what lies behind these 8, and no error. Columns likewise, by 64."""
+MOST_SUMS = 128 * 128
+"""Of a tile: 128 registers of each thread. Twice as many spilled 1,792 bytes (ptxas 13.0)."""
 WARPGROUP_ROWS = 64
 """Of the smallest wgmma."""
 
@@ -67,6 +69,8 @@ def _refuses_tiles(shape: Mapping[str, str], tiles: Tiles) -> str | None:
         return f"rows={tiles.rows}, depth={tiles.depth}: the plan has {shape['rows']} rows, the swizzle {STEP} of K"
     if tiles.columns % STEP or tiles.columns > 256:
         return f"columns={tiles.columns}: a wgmma has at most 256, in multiples of {STEP}"
+    if tiles.rows * tiles.columns > MOST_SUMS:
+        return f"rows * columns is at most {MOST_SUMS}: more sums than that spill"
     return None
 
 

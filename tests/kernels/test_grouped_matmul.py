@@ -243,6 +243,12 @@ def test_a_plan_serves_products_with_tiles_of_its_rows() -> None:
         mosaic.product(x, weights, plan, mosaic.Tiles(64, 64, 64, 2))
 
 
+def test_tuned_tiles_that_would_spill_are_refused() -> None:
+    shape = {"rows": "128", "depth": "4096", "columns": "14336"}
+    assert mosaic.TUNED.refuses(shape, mosaic.Tiles(128, 128, 64, 3)) is None
+    assert "spill" in str(mosaic.TUNED.refuses(shape, mosaic.Tiles(128, 256, 64, 3)))
+
+
 # -- what dispatch is told ---------------------------------------------------------------------------------------------
 
 H100 = Setting("gpu", (9, 0), "bfloat16", "bfloat16", 8, 4096, 14336)
