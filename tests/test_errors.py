@@ -208,6 +208,7 @@ def test_unsupported_arguments_are_refused_by_name(tiny_model: Path, name: str) 
         ({"mesh": {"tp": 2}}, ["mesh={'tp': 2}", "dp=2,tp=2", "TOML", "MeshConfig"]),
         ({"hf_overrides": 5}, ["hf_overrides=5", "a mapping whose keys are texts or None"]),
         ({"hf_overrides": {1: 2}}, ["hf_overrides={1: 2}", "keys are texts"]),
+        ({"hf_overrides": {"max_position_embedding": 9}}, ["hf_overrides", "mean 'max_position_embeddings'?"]),
         ({"decode_buckets": (1, 2.5)}, ["decode_buckets=(1, 2.5)", "a list of whole numbers or None"]),
         ({"token_buckets": ()}, ["token_buckets=()", "at least one number"]),
         ({"fairness": {"tenants": 5}}, ["fairness tenants=5", "mapping", "TenantConfig"]),
