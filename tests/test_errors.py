@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,16 @@ def test_an_interrupted_call_leaves_nothing_behind(tiny_llm: LLM, tiny_oracle: O
     assert tokens_of(run(tiny_llm, [PROMPT] * 5, params)) == [tiny_oracle.greedy(PROMPT, params)] * 5
 
 
+@pytest.fixture
+def sigint() -> Iterator[None]:
+    """As at a terminal: a shell's background job ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("name", ["step_program", "_write_slot_program"])
+@pytest.mark.usefixtures("sigint")
 def test_ctrl_c_after_arrays_were_given_away(
     tiny_llm: LLM, tiny_oracle: Oracle, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +145,7 @@ def test_ctrl_c_after_arrays_were_given_away(
     assert tokens_of(run(tiny_llm, [PROMPT] * 3, params)) == [tiny_oracle.greedy(PROMPT, params)] * 3
 
 
+@pytest.mark.usefixtures("sigint")
 def test_the_second_ctrl_c_does_not_wait() -> None:
     done = []
     with pytest.raises(KeyboardInterrupt), Uninterrupted():

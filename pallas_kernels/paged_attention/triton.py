@@ -105,9 +105,10 @@ def tile_for(
     """The sizes for queries of ``dtype`` in items of ``tokens`` tokens. ``kv_dtype``: of the cache; None = ``dtype``.
 
     Rows: all the group's heads if tokens are few, but at most 64; with many tokens 128, because each key is loaded
-    once for all rows, and 64 where head_dim is over 128. The accumulator has rows * head_dim float32: at most 32
-    registers of a thread in 4 warps, 64 in 8. (64 rows in 4 warps spill on an A100.) fp8 is widened in registers, and
-    that by 8 warps: as many programs as a plan has leave an SM room for them, and in 4 a few cases spill.
+    once for all rows, and 64 where head_dim is over 128 or the cache int8. The accumulator has rows * head_dim
+    float32: at most 32 registers of a thread in 4 warps, 64 in 8. (64 rows in 4 warps spill on an A100.) fp8 is widened
+    in registers, and that by 8 warps: as many programs as a plan has leave an SM room for them, and in 4 a few cases
+    spill.
     Keys: 64, as long as that keeps the loads under way within the shared memory of an A100 (163 KiB) for two programs
     of a decode or one of a prompt chunk. K and V of a turn are 32 KiB; with 5 stages a decode has 70 KiB in all, a
     prompt chunk 130.
@@ -115,7 +116,7 @@ def tile_for(
     width, kv_dtype = padded(head_dim), kv_dtype or dtype
     exact = operand_dtype(jnp.dtype(dtype), jnp.dtype(kv_dtype)) == jnp.float32
     narrow = tokens < LEAST
-    most_rows = LEAST if exact else 64 if narrow or width > 128 else 128
+    most_rows = LEAST if exact else 64 if narrow or width > 128 or kv_dtype == "int8" else 128
     heads = max(1, LEAST // tokens, min(_power_of_2(group), most_rows // tokens))
     if exact:
         return _exact_tile(heads, heads * tokens, width, kv_dtype == "float32")
@@ -123,18 +124,23 @@ def tile_for(
     in_four = heads * tokens <= 32 and heads * tokens * width <= 32 * 128 and kv_dtype != "float8_e4m3fn"
     if (dtype, kv_dtype) == ("float16", "int8") and head_dim != width:
         keys //= 2  # masks of columns take registers too: 64 keys spill on an A100, and for three heads on an H100
-    return Tile(heads, keys, 4 if in_four else 8, num_stages)
+    num_warps = 4 if in_four else 8
+    if kv_dtype == "int8" and narrow and tokens > 1 and width > 128:
+        num_warps = 16  # with jax 0.12, 8 spill
+    return Tile(heads, keys, num_warps, num_stages)
 
 
 def _exact_tile(heads: int, rows: int, width: int, as_it_is: bool) -> Tile:
     """For products of float32, of which no tensor core is exact enough: they are unrolled multiply-adds, and only small
     tiles keep these in registers. A thread has as many accumulators as ptxas (13.0, for A100 and H100) keeps without
-    spills: up to 16 where there are less than 4,096, and 8 of those; of prompts, 8 of 128 columns, 32 of 256.
-    Loads are under way while a turn is computed where they are few and go into the product ``as_it_is``: else what was
-    loaded ahead spills, up to 11 KB a thread. Programs without it use so few registers (66 instead of 255 in a decode
-    with a bfloat16 cache) that others run meanwhile."""
+    spills: 8, or 16 of tiles under 4,096 that go into the product ``as_it_is``; of prompts, 8 of 128 columns and 32 of
+    256. Loads are under way while a turn is computed where they are few and as they are: else what was loaded ahead
+    spills, up to 11 KB a thread. Programs without it use so few registers (66 instead of 255 in a decode with a
+    bfloat16 cache) that others run meanwhile."""
     if rows * width <= 32 * 128:
-        return Tile(heads, LEAST, 4 if rows * width < 32 * 128 else 16, 2 if as_it_is and width <= 128 else 1)
+        sums = 16 if as_it_is and rows * width < 32 * 128 else 8
+        num_warps = max(4, rows * width // (32 * sums))
+        return Tile(heads, LEAST, num_warps, 2 if as_it_is and width <= 128 else 1)
     return Tile(heads, LEAST, 32 if width <= 128 else 16, 1)
 
 
