@@ -135,7 +135,7 @@ def make_problem(case: Case, sequences: list[Sequence], seed: int) -> Problem:
     scoring, sizes = case.scoring, [(s.kv_len, case.kv_heads, case.head_dim) for s in sequences]
     keys = [_storable(rng.standard_normal(size), case, scoring.k_scale) for size in sizes]
     values = [_storable(rng.standard_normal(size), case, scoring.v_scale) for size in sizes]
-    q = np.full((case.num_tokens, case.kv_heads, case.group, case.head_dim), np.nan, np.float32)
+    q = np.full((case.num_tokens, case.kv_heads, case.group, case.head_dim), np.nan, case.dtype)
     cu_q_lens = np.zeros(case.num_seqs + 1, np.int32)
     cu_q_lens[1 : len(sequences) + 1] = np.cumsum([s.q_len for s in sequences], dtype=np.int32)
     cu_q_lens[len(sequences) + 1 :] = cu_q_lens[len(sequences)]
@@ -230,7 +230,16 @@ def solve(name: str, case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarr
     return np.asarray(out), np.asarray(lse)
 
 
-INTERPRETED = ("groups of 7", "window", "softcap and window", "fp8 cache", "int8 cache", "decode many", "decode window")
+INTERPRETED = (
+    "groups of 7",
+    "window",
+    "softcap and window",
+    "bfloat16",
+    "fp8 cache",
+    "int8 cache",
+    "decode many",
+    "decode window",
+)
 """Cases that are always run by an interpreter, which compiles slowly; the others are of ``make test-all``."""
 RUNS = [
     pytest.param(
